@@ -1,0 +1,41 @@
+# `make demo` and `make test` work on a machine with nothing but Python 3.11 and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# The demo's environment holds what users install; the tests' one adds the tools and the peers to compare with.
+DEMO_VENV ?= .demo-venv
+
+.PHONY: demo test lint bench soak docs clean
+
+demo: $(DEMO_VENV)/ready
+	$(DEMO_VENV)/bin/qlora-pipe demo
+
+test: lint
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not soak"
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/ready
+	$(BIN)/python benchmarks/nf4.py
+
+soak: $(VENV)/ready
+	$(BIN)/python -m pytest -m soak -s
+
+docs: $(VENV)/ready
+	$(BIN)/python -m qlora_pipe.cli.document docs
+
+$(DEMO_VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DEMO_VENV)
+	$(DEMO_VENV)/bin/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(DEMO_VENV) build dist *.egg-info qlora-demo
