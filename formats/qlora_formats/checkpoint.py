@@ -1,0 +1,214 @@
+"""A Hugging Face model folder: config.json beside model.safetensors, or beside shards and their index."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from qlora_formats.commit import PartialFolder
+from qlora_formats.errors import FormatError
+from qlora_formats.manifest import Manifest, is_plain_name
+from qlora_formats.strict_json import pretty, read_object
+from qlora_formats.target import partial_path
+from qlora_formats.tensorfile import TensorFile, TensorInfo, TensorPlan, write_tensors
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# What belongs to a model without being its weights or its config, and goes along with every model made from it.
+CARRIED = (
+    "tokenizer*",
+    "*.model",
+    "vocab*",
+    "merges*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    GENERATION_CONFIG,
+    "chat_template.*",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+_MIB = 2**20
+
+
+class CheckpointFolder:
+    """A model folder whose config, index and headers were checked. Tensors are mapped when asked for."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        config: dict[str, Any],
+        generation_config: dict[str, Any],
+        files: Mapping[str, TensorFile],
+        manifest: Manifest | None,
+    ) -> None:
+        self.path = path
+        self.config = config
+        self.generation_config = generation_config
+        self.manifest = manifest
+        self.shards = [file.path for file in files.values()]
+        self._files = {name: file for file in files.values() for name in file.infos}
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Check the folder `path`, against its manifest where it has one; FormatError says what is wrong with it."""
+        require_folder(path)
+        if not (path / CONFIG).is_file():
+            raise FormatError(f"{path} is not a model: it has no {CONFIG}{_instead(path)}")
+        generation = path / GENERATION_CONFIG
+        return cls(
+            path,
+            config=read_object(path / CONFIG),
+            generation_config=read_object(generation) if generation.is_file() else {},
+            files=_open_weights(path),
+            manifest=Manifest.read_if_present(path),
+        )
+
+    @property
+    def names(self) -> list[str]:
+        """The tensors' names, in the order of the shards and of the bytes in them."""
+        return list(self._files)
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype, shape and place of one tensor; FormatError if the folder has none of that name."""
+        return self._file_of(name).infos[name]
+
+    def tensor(self, name: str) -> Tensor:
+        """A view of the mapped shard, as `TensorFile.tensor`."""
+        return self._file_of(name).tensor(name)
+
+    def carried_files(self) -> list[Path]:
+        """Tokenizer, generation config, chat template and licence files, which are copied to what is made from this.
+
+        FormatError if one is a link that leads out of the folder.
+        """
+        found = sorted({file for pattern in CARRIED for file in self.path.glob(pattern) if file.is_file()})
+        for file in found:
+            _require_inside(self.path, file)
+        return found
+
+    def _file_of(self, name: str) -> TensorFile:
+        file = self._files.get(name)
+        if file is None:
+            raise FormatError(f"{self.path} has no tensor {name!r}")
+        return file
+
+
+def require_folder(path: Path) -> None:
+    """FormatError unless `path` is a folder; says so if it is one that was never finished."""
+    if path.is_dir():
+        return
+    if partial_path(path).is_dir():
+        raise FormatError(f"{path} is unfinished: rerun the command that was writing it, it will go on from there")
+    if path.exists():
+        raise FormatError(f"{path} is a file where a folder is needed")
+    raise FormatError(f"there is no folder {path}")
+
+
+def write_checkpoint(
+    folder: PartialFolder,
+    *,
+    config: Mapping[str, Any],
+    tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]],
+    produce: Callable[[str], Tensor],
+    shard_mib: int = 4096,
+) -> None:
+    """Write config.json and the weights, sharded where they exceed `shard_mib`, tensor by tensor in the given order.
+
+    Shards that `folder.done` already holds are left as they are and `produce` isn't asked for their tensors. The
+    caller copies what else belongs to a model (`carried_files`) and finishes the folder.
+    """
+    plans = [TensorPlan(*tensor) for tensor in tensors]
+    shards = list(_split(plans, shard_mib * _MIB))
+    names = shard_names(len(shards))
+    for name, layout in zip(names, shards, strict=True):
+        if name not in folder.done:
+            with folder.create(name) as stream:
+                write_tensors(stream, layout, produce, metadata={"format": "pt"})
+    write_index(folder, dict(zip(names, shards, strict=True)))
+    folder.write(CONFIG, pretty(config))
+
+
+def shard_names(count: int) -> list[str]:
+    """The file names transformers looks for: one file, or numbered shards."""
+    if count == 1:
+        return [WEIGHTS]
+    return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+
+
+def write_index(folder: PartialFolder, shards: Mapping[str, Sequence[TensorPlan]]) -> None:
+    """Write the index that says which shard holds which tensor, if there is more than one shard."""
+    if len(shards) > 1:
+        weight_map = {plan.name: name for name, layout in shards.items() for plan in layout}
+        total_size = sum(plan.n_bytes for layout in shards.values() for plan in layout)
+        folder.write(INDEX, pretty({"metadata": {"total_size": total_size}, "weight_map": weight_map}))
+
+
+def _split(plans: Sequence[TensorPlan], most: int) -> Iterator[list[TensorPlan]]:
+    shard: list[TensorPlan] = []
+    for plan in plans:
+        if shard and sum(other.n_bytes for other in shard) + plan.n_bytes > most:
+            yield shard
+            shard = []
+        shard.append(plan)
+    yield shard
+
+
+def _open_weights(path: Path) -> dict[str, TensorFile]:
+    if (path / WEIGHTS).is_file():
+        return {WEIGHTS: TensorFile.open(path / WEIGHTS)}
+    if not (path / INDEX).is_file():
+        raise FormatError(f"{path} holds no weights: neither {WEIGHTS} nor {INDEX}{_instead(path)}")
+    weight_map = _weight_map(path / INDEX)
+    files = {name: TensorFile.open(_shard(path, name)) for name in sorted(set(weight_map.values()))}
+    for name, file in files.items():
+        for tensor in file.infos:
+            if weight_map.get(tensor) != name:
+                there = f"in {weight_map[tensor]}" if tensor in weight_map else "nowhere"
+                raise FormatError(f"{file.path} holds the tensor {tensor!r}, which {INDEX} places {there}")
+    for tensor, name in weight_map.items():
+        if tensor not in files[name].infos:
+            raise FormatError(f"{path / name} lacks the tensor {tensor!r} that {INDEX} places there")
+    return files
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError(f"{index} has no weight_map from tensors to files")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not is_plain_name(name):
+            raise FormatError(f"{index} places the tensor {tensor[:80]!r} in {str(name)[:80]!r}, which is no file name")
+    return weight_map
+
+
+def _shard(folder: Path, name: str) -> Path:
+    path = folder / name
+    if not path.is_file():
+        raise FormatError(f"{folder} lacks the shard {name} that {INDEX} names: fetch or make the folder again")
+    _require_inside(folder, path)
+    return path
+
+
+def _require_inside(folder: Path, path: Path) -> None:
+    inside = {folder.resolve()}
+    if folder.resolve().parent.name == "snapshots":
+        # The Hub's cache: snapshots/REVISION/NAME links to blobs/HASH.
+        inside.add(folder.resolve().parent.parent / "blobs")
+    if path.resolve().parent not in inside:
+        raise FormatError(f"{path} is a link that leads out of its folder, to {path.resolve()}: copy the file there")
+
+
+def _instead(path: Path) -> str:
+    if (path / "adapter_config.json").is_file():
+        return "; it is an adapter, which is used together with its base model"
+    pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
+    if pickled:
+        return f"; {pickled[0]} is a pickle, which is not read: convert it to safetensors first"
+    return ""

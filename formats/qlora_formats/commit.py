@@ -1,0 +1,297 @@
+"""How files come to lie on disk: the one module of the product that opens files for writing.
+
+A folder grows in `.NAME.partial/` beside its target, locked while a process works on it. Each file is written under a
+temporary name, hashed on the way, fsynced, noted in a journal and renamed. The manifest comes last; then the folder
+is renamed to its target, once. Whoever is killed in between leaves a partial folder that the same command continues;
+nothing half-written is ever seen under a final name.
+"""
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Self
+
+from qlora_formats import disk
+from qlora_formats.errors import CommitError, FormatError
+from qlora_formats.journal import JOURNAL, Journal, file_line, is_whole, survey, temporaries, temporary
+from qlora_formats.manifest import KINDS, MANIFEST, FileRecord, Manifest, difference, hash_file, is_plain_name
+from qlora_formats.strict_json import normal
+from qlora_formats.target import partial_path, refuse_existing
+
+_CHUNK_BYTES = 8 * 2**20
+
+
+def _open(path: Path, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o666)
+
+
+class FileWriter:
+    """A file on its way to disk: counts and hashes what is written to it.
+
+    `facts` may be filled with what the journal and the manifest should remember about this file.
+    """
+
+    def __init__(self, fd: int, path: Path) -> None:
+        self.facts: dict[str, Any] = {}
+        self._fd = fd
+        self._path = path
+        self._sha256 = hashlib.sha256()
+        self._bytes = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append all of `data`; CommitError "disk" where the system refuses."""
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), _CHUNK_BYTES):
+            piece = view[start : start + _CHUNK_BYTES]
+            disk.write_all(self._fd, piece, self._path)
+            self._sha256.update(piece)
+        self._bytes += len(view)
+
+    def record(self) -> FileRecord:
+        return FileRecord(self._bytes, self._sha256.hexdigest(), normal(self.facts))
+
+
+class PartialFolder:
+    """A folder that is being written, as `commit_folder` hands it out. File names are plain: no paths, not hidden."""
+
+    def __init__(self, target: Path, journal: Journal) -> None:
+        self.path = partial_path(target)
+        self._target = target
+        self._journal = journal
+        # Written anew, so that nothing is appended to a torn line or kept of a file that was lost.
+        _replace(self.path / JOURNAL, journal.to_bytes())
+        with disk.reporting(self.path / JOURNAL):
+            self._journal_fd = _open(self.path / JOURNAL, os.O_WRONLY | os.O_APPEND)
+
+    @property
+    def done(self) -> Mapping[str, FileRecord]:
+        """The files that are finished, those of an interrupted run included: their size and sha256 were checked."""
+        return MappingProxyType(self._journal.files)
+
+    @contextmanager
+    def create(self, name: str) -> Iterator[FileWriter]:
+        """Write one file; it is finished, and in `done`, when the block is left without an exception.
+
+        A file of that name that is already done is replaced.
+        """
+        unfinished = temporary(self.path / name)
+        with _new_file(unfinished) as writer:
+            yield writer
+        record = writer.record()
+        # Noted before it gets its name: whatever bears a name here is known to be ours.
+        self._note(name, record)
+        disk.rename(unfinished, self.path / name)
+        self._journal.files[name] = record
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write one small file."""
+        with self.create(name) as writer:
+            writer.write(data)
+
+    def copy(self, source: Path, name: str) -> None:
+        """Copy the bytes of `source`; FormatError where it cannot be read."""
+        with self.create(name) as writer:
+            try:
+                with source.open("rb") as file:
+                    while chunk := file.read(_CHUNK_BYTES):
+                        writer.write(chunk)
+            except OSError as error:
+                raise FormatError(f"cannot read {source}: {error.strerror}") from error
+
+    def adopt(self, name: str) -> None:
+        """Take in a file that a library wrote to `path` itself: fsync it, hash it, note it."""
+        disk.fsync_path(self.path / name)
+        disk.fsync_path(self.path)
+        record = hash_file(self.path / name)
+        self._note(name, record)
+        self._journal.files[name] = record
+
+    def finish(self, fields: Mapping[str, Any] | None = None) -> Manifest:
+        """Write the manifest, with `fields` beside its own keys, and give the folder its final name.
+
+        CommitError "conflict" if the target has appeared meanwhile, or if the folder holds files nobody noted.
+        """
+        for path in temporaries(self.path):
+            disk.remove(path)
+        strays = sorted({path.name for path in self.path.iterdir()} - self.done.keys() - {JOURNAL, MANIFEST})
+        if strays:
+            raise CommitError(
+                f"{self.path / strays[0]} lies in a folder that is being written but was not written by it:"
+                " move it away and rerun the command",
+                reason="conflict",
+            )
+        kind, inputs, files = self._journal
+        manifest = Manifest.build(kind=kind, inputs=inputs, files=files, fields=normal(fields or {}))
+        _replace(self.path / MANIFEST, manifest.to_bytes())
+        disk.remove(self.path / JOURNAL)
+        disk.fsync_path(self.path)
+        refuse_existing(self._target)
+        disk.rename(self.path, self._target)
+        return manifest
+
+    def _note(self, name: str, record: FileRecord) -> None:
+        assert is_plain_name(name), name
+        assert name not in {JOURNAL, MANIFEST}, name
+        disk.write_all(self._journal_fd, memoryview(file_line(name, record)), self.path / JOURNAL)
+        disk.fsync(self._journal_fd, self.path / JOURNAL)
+
+    def _close(self) -> None:
+        os.close(self._journal_fd)
+
+
+class AppendFile:
+    """A file of lines that only grows, such as metrics.jsonl; `truncate` cuts it back to a checkpoint's state."""
+
+    def __init__(self, fd: int, path: Path) -> None:
+        self._fd = fd
+        self._path = path
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open for appending; the file and its folder are created if missing."""
+        disk.make_folder(path.parent)
+        with disk.reporting(path):
+            fd = _open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        disk.fsync_path(path.parent)
+        return cls(fd, path)
+
+    @property
+    def size(self) -> int:
+        """The file's length in bytes."""
+        return os.fstat(self._fd).st_size
+
+    def append(self, line: bytes) -> None:
+        """Append `line` as it is: it survives a kill at once, and a power failure after `sync`."""
+        disk.write_all(self._fd, memoryview(line), self._path)
+
+    def sync(self) -> None:
+        """Return when all that was appended is on the disk."""
+        disk.fsync(self._fd, self._path)
+
+    def truncate(self, n_bytes: int) -> None:
+        """Cut the file back to its first `n_bytes` bytes."""
+        disk.truncate(self._fd, n_bytes, self._path)
+        disk.fsync(self._fd, self._path)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write or replace one file in one step: whoever reads it sees the old bytes or the new ones, never a mix."""
+    disk.make_folder(path.parent)
+    _replace(path, data)
+
+
+@contextmanager
+def commit_folder(
+    target: Path, *, kind: str, inputs: Mapping[str, Any], restart: bool = False
+) -> Iterator[PartialFolder]:
+    """Write a folder that appears under the name `target` only when `finish` is called on what this yields.
+
+    `kind` and `inputs` (JSON) say what it is made from: a partial folder left by an interrupted run of the same is
+    continued, with its finished files in `done`. With `restart` whatever an interrupted run left is removed first.
+    Leaving the block without `finish` keeps the partial folder. Raises CommitError: "conflict" if the target exists
+    or the partial folder belongs to other inputs, "locked" if another process is writing it, "disk" otherwise.
+    """
+    assert kind in KINDS, kind
+    with _locked(target):
+        folder = PartialFolder(target, _begin(partial_path(target), Journal(kind, normal(inputs), {}), restart=restart))
+        try:
+            yield folder
+        finally:
+            folder._close()
+
+
+def _begin(partial: Path, asked: Journal, *, restart: bool) -> Journal:
+    begun = survey(partial)
+    for path in temporaries(partial):
+        disk.remove(path)
+    if begun is None:
+        return asked
+    if restart:
+        # The journal proves that the rest is ours, so it stands until the new one takes its place.
+        _replace(partial / JOURNAL, begun.to_bytes())
+        for name in (MANIFEST, *begun.files):
+            disk.remove(partial / name)
+        return asked
+    unlike = difference({"kind": begun.kind, **begun.inputs}, {"kind": asked.kind, **asked.inputs})
+    if unlike:
+        raise CommitError(
+            f"{partial} was begun with other inputs or settings: {unlike}; rerun the command that began it,"
+            " choose another name, or delete that folder",
+            reason="conflict",
+        )
+    for name, record in begun.files.items():
+        if is_whole(partial / name, record):
+            asked.files[name] = record
+        else:
+            disk.remove(partial / name)
+    return asked
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    partial = partial_path(target)
+    lock = None
+    while lock is None:
+        refuse_existing(target)
+        if os.path.lexists(partial) and (partial.is_symlink() or not partial.is_dir()):
+            raise CommitError(f"{partial} is in the way and is not a folder: move it away", reason="conflict")
+        disk.make_folder(partial)
+        lock = _try_lock(partial)
+    try:
+        refuse_existing(target)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _try_lock(partial: Path) -> int | None:
+    # The folder itself is locked: there is no lock file to be left over or to be renamed along with it.
+    with disk.reporting(partial):
+        try:
+            fd = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), partial.stat()):
+                return fd
+        except BlockingIOError as error:
+            os.close(fd)
+            raise CommitError(
+                f"{partial} is locked: another process is writing it; wait for that or stop it", reason="locked"
+            ) from error
+        except FileNotFoundError:
+            pass
+        # Its owner finished and renamed it between our opening and our locking it.
+        os.close(fd)
+        return None
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[FileWriter]:
+    with disk.reporting(path):
+        fd = _open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    try:
+        yield FileWriter(fd, path)
+        disk.fsync(fd, path)
+    finally:
+        os.close(fd)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    with _new_file(temporary(path)) as writer:
+        writer.write(data)
+    disk.rename(temporary(path), path)

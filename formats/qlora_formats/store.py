@@ -1,0 +1,267 @@
+"""The 4-bit store: bitsandbytes' serialised layout, read from any folder that has it, written in our own byte order."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from qlora_formats.checkpoint import CONFIG, CheckpointFolder, require_folder, shard_names, write_index
+from qlora_formats.commit import PartialFolder
+from qlora_formats.errors import FormatError
+from qlora_formats.layout import PAGE_BYTES, Piece, StorePlan, place
+from qlora_formats.manifest import Manifest
+from qlora_formats.quant_state import (
+    QuantState,
+    parts_of,
+    read_states,
+    weight_of_component,
+    weight_of_state,
+)
+from qlora_formats.strict_json import pretty, read_object
+from qlora_formats.tensorfile import TensorPlan, header_bytes, tensor_bytes
+
+_MIB = 2**20
+
+_Value = TypeVar("_Value")
+
+
+class StoredWeight(NamedTuple):
+    """One weight in 4 bits, as its tensors lie in the file.
+
+    codes U8 [ceil(N/2)], the first weight in the high nibble; absmax U8 [S] under double quantization, else F32 [S],
+    S = ceil(N / block_size); levels F32 [16]; nested_absmax F32 [ceil(S / nested_block_size)], nested_levels F32 [256]
+    and offset F32 [] under double quantization, else None. `dtype` is the source's.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    levels: Tensor
+    nested_absmax: Tensor | None
+    nested_levels: Tensor | None
+    offset: Tensor | None
+    block_size: int
+    nested_block_size: int
+    shape: tuple[int, ...]
+    kind: str
+    dtype: torch.dtype
+
+
+class Store:
+    """A 4-bit folder, ours or one that transformers wrote, with every weight's JSON and sizes checked."""
+
+    def __init__(self, folder: CheckpointFolder, states: Mapping[str, QuantState]) -> None:
+        self._folder = folder
+        self._states = states
+        self.names = [
+            name for name in folder.names if weight_of_state(name) is None and weight_of_component(name) not in states
+        ]
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Check the folder `path`; FormatError names the file or the weight and the field that is wrong.
+
+        No tensors are held: `weight` gives views of the mapped shards.
+        """
+        folder = CheckpointFolder.open(path)
+        if not _is_four_bit(folder.config):
+            raise FormatError(f"{path} is not a 4-bit checkpoint: {CONFIG} has no quantization_config of bitsandbytes")
+        return cls(folder, read_states(folder))
+
+    @property
+    def path(self) -> Path:
+        return self._folder.path
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self._folder.config
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        return self._folder.generation_config
+
+    @property
+    def manifest(self) -> Manifest | None:
+        return self._folder.manifest
+
+    @property
+    def shards(self) -> list[Path]:
+        return self._folder.shards
+
+    def carried_files(self) -> list[Path]:
+        """As `CheckpointFolder.carried_files`."""
+        return self._folder.carried_files()
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether the weight `name` is stored in 4 bits."""
+        return name in self._states
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the weight itself, packed or not."""
+        return self._states[name].shape if name in self._states else self._folder.info(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of the source: what a packed weight was, what a kept one is."""
+        return self._states[name].dtype if name in self._states else self._folder.info(name).dtype
+
+    def kind(self, name: str) -> str:
+        """The 4-bit type of a quantised weight, "nf4" or "fp4"."""
+        return self._states[name].kind
+
+    def bits(self, name: str) -> float:
+        """Bits per weight of a quantised weight, its scales included: what grows with its size."""
+        parts = parts_of(name, self._states[name])
+        counted = [part for part in (parts.codes, parts.absmax, parts.nested_absmax) if part is not None]
+        return 8 * sum(part.n_bytes for part in counted) / prod(self.shape(name))
+
+    def weight(self, name: str) -> StoredWeight | Tensor:
+        """One weight as views of the mapped file; FormatError if there is none of that name."""
+        state = self._states.get(name)
+        if state is None:
+            return self._folder.tensor(name)
+        parts = parts_of(name, state)
+
+        def view(plan: TensorPlan | None) -> Tensor | None:
+            return None if plan is None else self._folder.tensor(plan.name)
+
+        return StoredWeight(
+            codes=self._folder.tensor(name).flatten().view(torch.uint8),
+            absmax=self._folder.tensor(parts.absmax.name),
+            levels=self._folder.tensor(parts.levels.name),
+            nested_absmax=view(parts.nested_absmax),
+            nested_levels=view(parts.nested_levels),
+            offset=None if state.nested_offset is None else torch.tensor(state.nested_offset, dtype=torch.float32),
+            block_size=state.block_size,
+            nested_block_size=state.nested_block_size or 0,
+            shape=state.shape,
+            kind=state.kind,
+            dtype=state.dtype,
+        )
+
+
+def is_store(path: Path) -> bool:
+    """Whether the folder's config.json says that bitsandbytes quantised it to 4 bits; FormatError if it is no model."""
+    require_folder(path)
+    config = path / CONFIG
+    return config.is_file() and _is_four_bit(read_object(config))
+
+
+def write_store(
+    folder: PartialFolder,
+    *,
+    config: Mapping[str, Any],
+    plan: StorePlan,
+    produce: Callable[[str], StoredWeight | Tensor],
+    facts: Callable[[str], Mapping[str, Any]] = lambda _: {},
+    shard_mib: int = 4096,
+) -> dict[str, dict[str, Any]]:
+    """Write config.json, with the quantization_config that transformers writes, and the weights, shard by shard.
+
+    `produce` is asked for each weight once, when its turn comes; packed codes are written and let go at once, so that
+    memory holds a weight or two and never the model. `facts(name)` is asked right after: what it says, such as the
+    weight's error, is kept with a digest of the weight's bytes in the journal and the manifest, beside the shard.
+    Shards in `folder.done` are left as they are. Returns the facts of all weights by name. The caller copies what else
+    belongs to a model (`carried_files`) and finishes the folder.
+    """
+    shards = place(plan, shard_bytes=shard_mib * _MIB)
+    names = shard_names(len(shards))
+    for name, pieces in zip(names, shards, strict=True):
+        if name not in folder.done:
+            _write_shard(folder, name, pieces, produce, facts)
+    layouts = {name: [piece.plan for piece in pieces] for name, pieces in zip(names, shards, strict=True)}
+    write_index(folder, layouts)
+    folder.write(CONFIG, pretty({**config, "quantization_config": quantization_config(plan)}))
+    return {weight: known for name in names for weight, known in folder.done[name].facts["tensors"].items()}
+
+
+def quantization_config(plan: StorePlan) -> dict[str, Any]:
+    """What transformers' BitsAndBytesConfig says of such a store.
+
+    The compute dtype is float32 where the source is, since the reader would round every product otherwise.
+    """
+    single = any(weight.quantized and weight.dtype == torch.float32 for weight in plan.weights)
+    return {
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_compute_dtype": "float32" if single else "bfloat16",
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": plan.kind,
+        "bnb_4bit_use_double_quant": plan.double_quant,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": list(plan.skip_modules),
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "quant_method": "bitsandbytes",
+    }
+
+
+def _is_four_bit(config: Mapping[str, Any]) -> bool:
+    quantization = config.get("quantization_config")
+    return (
+        isinstance(quantization, dict)
+        and quantization.get("quant_method") == "bitsandbytes"
+        and quantization.get("load_in_4bit") is True
+    )
+
+
+def _write_shard(
+    folder: PartialFolder,
+    name: str,
+    pieces: Sequence[Piece],
+    produce: Callable[[str], StoredWeight | Tensor],
+    facts: Callable[[str], Mapping[str, Any]],
+) -> None:
+    known: dict[str, dict[str, Any]] = {}
+    held: dict[str, StoredWeight] = {}
+    with folder.create(name) as stream:
+        stream.write(header_bytes([piece.plan for piece in pieces], metadata={"format": "pt"}, alignment=PAGE_BYTES))
+        for plan, weight, part in pieces:
+            # A kept tensor is one piece; of a packed weight the codes come first and are let go at once.
+            if part == "tensor":
+                kept = _produced(produce, weight, Tensor)
+                known[weight] = {"sha256": _digest([kept]), **facts(weight)}
+                data: Tensor | bytes = kept
+            elif part == "codes":
+                packed = _produced(produce, weight, StoredWeight)
+                known[weight] = {"sha256": _digest([*_tensors(packed), _state(packed).to_json()]), **facts(weight)}
+                data = packed.codes.view(plan.shape)
+                held[weight] = packed._replace(codes=torch.empty(0))
+            elif part == "state":
+                data = _state(held[weight]).to_json().ljust(plan.n_bytes)
+            else:
+                data = held[weight]._asdict()[part]
+            for chunk in tensor_bytes(plan, data):
+                stream.write(chunk)
+        stream.facts["tensors"] = known
+
+
+def _produced(produce: Callable[[str], StoredWeight | Tensor], name: str, kind: type[_Value]) -> _Value:
+    value = produce(name)
+    assert isinstance(value, kind), (name, type(value))
+    return value
+
+
+def _state(weight: StoredWeight) -> QuantState:
+    nested = (weight.nested_block_size, weight.offset.item()) if weight.offset is not None else (None, None)
+    return QuantState(weight.kind, weight.block_size, weight.dtype, weight.shape, *nested)
+
+
+def _tensors(weight: StoredWeight) -> list[Tensor]:
+    parts = (weight.codes, weight.absmax, weight.levels, weight.nested_absmax, weight.nested_levels)
+    return [part for part in parts if part is not None]
+
+
+def _digest(parts: Sequence[Tensor | bytes]) -> str:
+    sha256 = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, bytes):
+            sha256.update(part)
+        else:
+            for chunk in tensor_bytes(TensorPlan("", part.dtype, tuple(part.shape)), part):
+                sha256.update(chunk)
+    return sha256.hexdigest()
