@@ -1,0 +1,19 @@
+"""4-bit weights on tensors: quantize, dequantize, and the linear layer with a LoRA adapter."""
+
+from qlora_kernels.blockwise import BLOCK_SIZES, dequantize_reference, quantize
+from qlora_kernels.dispatch import dequantize
+from qlora_kernels.levels import LEVELS, Kind, recognise
+from qlora_kernels.linear import lora_linear
+from qlora_kernels.quantized import QuantizedTensor
+
+__all__ = [
+    "BLOCK_SIZES",
+    "LEVELS",
+    "Kind",
+    "QuantizedTensor",
+    "dequantize",
+    "dequantize_reference",
+    "lora_linear",
+    "quantize",
+    "recognise",
+]

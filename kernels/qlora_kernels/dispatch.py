@@ -1,0 +1,41 @@
+"""The one place that chooses how a quantized tensor is made dense."""
+
+import os
+
+import torch
+from torch import Tensor
+
+from qlora_kernels.blockwise import dequantize_reference
+from qlora_kernels.quantized import QuantizedTensor
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def dequantize(q: QuantizedTensor, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
+    """The dense tensor [*q.shape], computed in float32 and rounded once to `dtype` (float64: only widened).
+
+    A tensor on a GPU, or any tensor in a process started with TRITON_INTERPRET=1, goes through the Triton kernel; all
+    others through the reference in plain torch. The bits are the same. `out`, contiguous and of the result's shape,
+    dtype and device, is written and returned if given. Raises ValueError if it does not fit, and for other dtypes.
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"cannot dequantize to {dtype}: choose float32, float16, bfloat16 or float64")
+    if out is not None:
+        _check_fits(out, q, dtype)
+    if q.codes.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
+        # Imported here because Triton exists on Linux only and takes 0.4 s, which a run on a CPU need not pay.
+        from qlora_kernels.dequantize_triton import dequantize_triton  # noqa: PLC0415
+
+        return dequantize_triton(q, dtype, out=out)
+    return dequantize_reference(q, dtype, out=out)
+
+
+def _check_fits(out: Tensor, q: QuantizedTensor, dtype: torch.dtype) -> None:
+    found = (tuple(out.shape), out.dtype, out.device)
+    wanted = (tuple(q.shape), dtype, q.codes.device)
+    if found != wanted or not out.is_contiguous():
+        layout = "contiguous" if out.is_contiguous() else "not contiguous"
+        raise ValueError(
+            f"cannot dequantize into a {layout} {found[1]} tensor of shape {list(found[0])} on {found[2]}:"
+            f" it must be a contiguous {wanted[1]} tensor of shape {list(wanted[0])} on {wanted[2]}"
+        )

@@ -1,0 +1,119 @@
+"""The Triton kernel against the reference: on a GPU, and in Triton's interpreter on any machine.
+
+Whether a kernel is interpreted is settled when Triton is imported, so the interpreter runs this very file in a process
+of its own.
+"""
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_kernels import QuantizedTensor, dequantize, dequantize_reference, lora_linear, quantize
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+
+on_a_gpu_or_interpreted = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU, or the interpreter"),
+]
+
+
+def _runs_the_kernel(test):
+    for mark in on_a_gpu_or_interpreted:
+        test = mark(test)
+    return test
+
+
+def _random(n: int, *, block_size: int, nested_block_size: int | None) -> QuantizedTensor:
+    """Every byte, scale code and size may occur, unlike in what `quantize` makes of random weights."""
+    generator = torch.Generator().manual_seed(n)
+    scales = math.ceil(n / block_size)
+    model = quantize(torch.randn(max(n, 2), generator=generator), block_size=block_size)
+    codes = torch.randint(0, 256, ((n + 1) // 2,), dtype=torch.uint8, generator=generator)
+    if nested_block_size is None:
+        absmax = torch.rand(scales, generator=generator)
+        return QuantizedTensor(codes, absmax, model.levels, None, None, None, block_size, 256, (n,))
+    return model._replace(
+        codes=codes,
+        absmax=torch.randint(0, 256, (scales,), dtype=torch.uint8, generator=generator),
+        nested_absmax=torch.rand(math.ceil(scales / nested_block_size), generator=generator),
+        nested_block_size=nested_block_size,
+        shape=(n,),
+    )
+
+
+def _on_device(q: QuantizedTensor) -> QuantizedTensor:
+    return QuantizedTensor(*(part.to(DEVICE) if isinstance(part, torch.Tensor) else part for part in q))
+
+
+def _assert_kernel_equals_reference(q: QuantizedTensor, dtype: torch.dtype) -> None:
+    out = torch.full(q.shape, math.nan, dtype=dtype, device=DEVICE)
+    assert dequantize(_on_device(q), dtype, out=out) is out
+    torch.testing.assert_close(out.cpu(), dequantize_reference(q, dtype), rtol=0, atol=0)
+
+
+@_runs_the_kernel
+@pytest.mark.parametrize("nested_block_size", [None, 256, 64], ids="nested={}".format)
+@pytest.mark.parametrize("block_size", [32, 64, 4096])
+@pytest.mark.parametrize("n", [1, 12_345])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_kernel_equals_the_reference(
+    dtype: torch.dtype, n: int, block_size: int, nested_block_size: int | None
+) -> None:
+    _assert_kernel_equals_reference(_random(n, block_size=block_size, nested_block_size=nested_block_size), dtype)
+
+
+@_runs_the_kernel
+def test_kernel_widens_to_float64() -> None:
+    _assert_kernel_equals_reference(_random(4097, block_size=64, nested_block_size=256), torch.float64)
+
+
+@_runs_the_kernel
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_kernel_rounds_ties_to_even_and_keeps_tiny_and_huge_values(dtype: torch.dtype) -> None:
+    step = torch.finfo(dtype).eps
+    ties = [sign * (1 + step * (k + 0.5)) for k in range(4) for sign in (1.0, -1.0)]
+    levels = torch.tensor([*ties, 0.0, -0.0, 1e-40, -1e-40, 6e-8, 65504.0, 65520.0, 3.39e38])
+    codes = torch.randint(0, 256, (100,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    q = QuantizedTensor(codes, torch.tensor([1.0, 1.0, 1.0, 1.0]), levels, None, None, None, 64, 256, (199,))
+    _assert_kernel_equals_reference(q, dtype)
+
+
+@_runs_the_kernel
+def test_a_linear_layer_runs_the_kernel_once_forward_and_once_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qlora_kernels import dequantize_triton
+
+    launches = []
+    launch = dequantize_triton.dequantize_triton
+    monkeypatch.setattr(
+        dequantize_triton, "dequantize_triton", lambda q, dtype, *, out: launches.append(q) or launch(q, dtype, out=out)
+    )
+    q = _on_device(quantize(torch.randn(24, 40)))
+    x = torch.randn(5, 40, device=DEVICE, requires_grad=True)
+    y = lora_linear(x, q)
+    assert len(launches) == 1
+    y.sum().backward()
+    assert len(launches) == 2
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton exists on Linux only")
+def test_every_kernel_test_passes_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"^\d+ passed(?!.*skipped)", done.stdout, re.MULTILINE), done.stdout
