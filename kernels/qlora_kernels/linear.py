@@ -7,6 +7,7 @@ Shapes: x [..., in], weight [out, in], lora_a (A) [r, in], lora_b (B) [out, r]; 
 The method is QLoRA's (arXiv:2305.14314), the adapter LoRA's (arXiv:2106.09685).
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,8 +35,9 @@ def lora_linear(
     reference to the packed weight): the dense weight lives during one product in forward and one in backward.
     Products run in x's dtype, whatever the dtype of A and B, whose gradients come back in their own.
 
-    Dropout acts on the adapter's input alone: with `dropout` > 0, an element is kept where a bernoulli draw of
-    torch.Generator(x.device).manual_seed(seed) says so, drawn again in backward. The caller leaves it 0 outside of
+    Dropout acts on the adapter's input alone: with `dropout` > 0, an element is kept where the 31 random bits that
+    torch.Generator(x.device).manual_seed(seed) draws for it, read as a fraction, lie below 1 - dropout. They are drawn
+    again in backward. The caller leaves it 0 outside of
     training, and gives every layer and step another seed.
 
     Raises ValueError for one half of an adapter, shapes that do not fit, dropout outside [0, 1) or without a seed, and
@@ -64,13 +66,14 @@ class _Layer(NamedTuple):
     def drops(self) -> bool:
         return self.dropout > 0
 
-    def masked(self, x: Tensor) -> Tensor:
-        """x with the dropped elements zeroed; the others unchanged, as `adapter_scale` makes up for them."""
+    def kept(self, shape: Sequence[int], device: torch.device) -> Tensor | None:
+        """Which elements of the adapter's input are kept, bool [T, in]; None for all of them."""
         if self.seed is None or not self.drops:
-            return x
-        generator = torch.Generator(x.device).manual_seed(self.seed)
-        kept = torch.empty(x.shape, dtype=torch.bool, device=x.device)
-        return x * kept.bernoulli_(1 - self.dropout, generator=generator)
+            return None
+        generator = torch.Generator(device).manual_seed(self.seed)
+        # Raw bits and a comparison take 0.4 of the time of bernoulli_ on a CPU.
+        bits = torch.empty(shape, dtype=torch.int32, device=device).random_(generator=generator)
+        return bits < round((1 - self.dropout) * 2**31)
 
     @property
     def adapter_scale(self) -> float:
@@ -90,7 +93,7 @@ class _LoraLinear(torch.autograd.Function):
         del weight_OI
         xa_TR = None
         if lora_a is not None and lora_b is not None:
-            xa_TR = layer.masked(x_TI) @ lora_a.to(x.dtype).T
+            xa_TR = _masked(x_TI, layer.kept(x_TI.shape, x.device)) @ lora_a.to(x.dtype).T
             y_TO.addmm_(xa_TR, lora_b.to(x.dtype).T, alpha=layer.adapter_scale)
         ctx.save_for_backward(
             x if ctx.needs_input_grad[1] else None, xa_TR if ctx.needs_input_grad[2] else None, lora_a, lora_b
@@ -112,14 +115,20 @@ class _LoraLinear(torch.autograd.Function):
             dxa_TR = (dy_TO @ lora_b.to(dy.dtype)).mul_(layer.adapter_scale)
             if b_needs_grad:
                 db_OR = (dy_TO.T @ xa_TR).to(lora_b.dtype).mul_(layer.adapter_scale)
+            kept_TI = layer.kept((dy_TO.shape[0], lora_a.shape[1]), dy.device)
             if a_needs_grad:
-                da_RI = (dxa_TR.T @ layer.masked(x.reshape(-1, x.shape[-1]))).to(lora_a.dtype)
-            if dx_TI is not None and layer.drops:
-                dx_TI += layer.masked(dxa_TR @ lora_a.to(dy.dtype))
+                da_RI = (dxa_TR.T @ _masked(x.reshape(-1, x.shape[-1]), kept_TI)).to(lora_a.dtype)
+            if dx_TI is not None and kept_TI is not None:
+                dx_TI += _masked(dxa_TR @ lora_a.to(dy.dtype), kept_TI)
             elif dx_TI is not None:
                 dx_TI.addmm_(dxa_TR, lora_a.to(dy.dtype))
         dx = None if dx_TI is None else dx_TI.view(*dy.shape[:-1], dx_TI.shape[-1])
         return dx, da_RI, db_OR, None
+
+
+def _masked(x: Tensor, kept: Tensor | None) -> Tensor:
+    """x with the dropped elements zeroed; the others unchanged, as `adapter_scale` makes up for them."""
+    return x if kept is None else x * kept
 
 
 def _check(x: Tensor, layer: _Layer, lora_a: Tensor | None, lora_b: Tensor | None) -> None:
