@@ -1,0 +1,208 @@
+"""LLaMA in plain torch (arXiv 2302.13971, 2307.09288, 2407.21783), parameters named as in the checkpoint.
+
+Shapes: B sequences of T tokens, D components of the hidden state, H heads of which each KV group shares its keys.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from qlora_pipe.nn.attention import causal_attention
+from qlora_pipe.nn.cache import KVCache
+from qlora_pipe.nn.fields import Fields
+from qlora_pipe.nn.norm import RMSNorm
+from qlora_pipe.nn.rotary import Rotary, rotary_from, rotate
+
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
+    "relu": functional.relu,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LlamaConfig:
+    """The fields of config.json that the computation depends on."""
+
+    vocabulary: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    activation: str
+    norm_eps: float
+    attention_bias: bool
+    mlp_bias: bool
+    rotary: Rotary
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> Self:
+        """Check a config.json; ConfigError names a field that is missing, absurd, or asks for what isn't built here.
+
+        The defaults of absent fields are the format's own. `pretraining_tp` only says how a product was once split,
+        and `attention_dropout` belongs to a training recipe: neither changes what the model computes.
+        """
+        config = Fields(values)
+        hidden = config.integer("hidden_size", most=2**20)
+        heads = config.integer("num_attention_heads", most=2**16)
+        kv_heads = config.integer("num_key_value_heads", most=heads, default=heads)
+        if heads % kv_heads:
+            raise config.error("num_key_value_heads", f"a divisor of num_attention_heads, which is {heads}")
+        if not config.has("head_dim") and hidden % heads:
+            raise config.error("hidden_size", f"a multiple of num_attention_heads ({heads}), or head_dim be given")
+        head_dim = config.integer("head_dim", most=2**16, default=hidden // heads)
+        if head_dim % 2:
+            raise config.error("head_dim", f"even, as rotary embeddings turn pairs (here it is {head_dim})")
+        if config.has("sliding_window"):
+            raise config.error("sliding_window", "absent: attention here reaches every earlier token")
+        if config.number("partial_rotary_factor", default=1.0) != 1.0:
+            raise config.error("partial_rotary_factor", "1: heads are turned as a whole")
+        return cls(
+            vocabulary=config.integer("vocab_size", most=2**26),
+            hidden=hidden,
+            intermediate=config.integer("intermediate_size", most=2**23),
+            layers=config.integer("num_hidden_layers", most=2**12),
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            activation=config.choice("hidden_act", _ACTIVATIONS.keys(), default="silu"),
+            norm_eps=config.number("rms_norm_eps", above=0, at_most=1, default=1e-6),
+            attention_bias=config.flag("attention_bias", default=False),
+            mlp_bias=config.flag("mlp_bias", default=False),
+            rotary=rotary_from(config, head_dim=head_dim),
+        )
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions; KV heads may be fewer than heads."""
+
+    def __init__(self, config: LlamaConfig, *, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        q_size, kv_size = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden, q_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden, kv_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden, kv_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden, bias=config.attention_bias)
+
+    def forward(self, x: Tensor, cosines: Tensor, sines: Tensor, cache: KVCache | None) -> Tensor:
+        """[B, T, D] -> [B, T, D]; with a cache, attention reaches the tokens it holds too."""
+        # [B, T, H * head_dim] -> [B, H, T, head_dim]
+        q, k, v = (
+            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, cosines, sines), rotate(k, cosines, sines)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        mixed: Tensor = self.o_proj(causal_attention(q, k, v))
+        return mixed
+
+
+class MLP(nn.Module):
+    """The gated feed-forward layer (arXiv 2002.05202)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden, config.intermediate, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden, config.intermediate, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate, config.hidden, bias=config.mlp_bias)
+        self.activation = _ACTIVATIONS[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        gated: Tensor = self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return gated
+
+
+class Layer(nn.Module):
+    """One block: attention and feed-forward, each added to its normalised input's source."""
+
+    def __init__(self, config: LlamaConfig, *, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden, eps=config.norm_eps)
+        self.self_attn = Attention(config, layer=layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden, eps=config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cosines: Tensor, sines: Tensor, cache: KVCache | None) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        x = x + self.self_attn(self.input_layernorm(x), cosines, sines, cache)
+        attended: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return attended
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and the final norm."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocabulary, config.hidden)
+        self.layers = nn.ModuleList(Layer(config, layer=layer) for layer in range(config.layers))
+        self.norm = RMSNorm(config.hidden, eps=config.norm_eps)
+        self.rotary = config.rotary
+
+    def forward(self, ids: Tensor, cache: KVCache | None) -> Tensor:
+        """Ids [B, T] -> [B, T, D]; a cache's tokens come before them, and they are added to it."""
+        start = 0 if cache is None else cache.length
+        x: Tensor = self.embed_tokens(ids)
+        cosines, sines = self.rotary.tables(start, start + ids.shape[1], like=x)
+        for layer in self.layers:
+            x = layer(x, cosines, sines, cache)
+        if cache is not None:
+            cache.advance(ids.shape[1])
+        normed: Tensor = self.norm(x)
+        return normed
+
+
+class Llama(nn.Module):
+    """A causal language model. A tied head is tied by whoever fills the parameters, as `ties` says."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden, config.vocabulary, bias=False)
+
+    @property
+    def context(self) -> int:
+        """The longest sequence, in tokens, that the config vouches for."""
+        return self.config.rotary.context
+
+    def hidden(self, ids: Tensor, *, cache: KVCache | None = None) -> Tensor:
+        """Ids [B, T] -> the last hidden states [B, T, D], after the final norm.
+
+        Padding goes to the right, where attention never looks. With a cache, `ids` go on from what it holds, and are
+        added to it.
+        """
+        states: Tensor = self.model(ids, cache)
+        return states
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., D] -> logits [..., vocabulary]."""
+        logits: Tensor = self.lm_head(hidden)
+        return logits
+
+    def forward(self, ids: Tensor, *, cache: KVCache | None = None) -> Tensor:
+        """Ids [B, T] -> logits [B, T, vocabulary]."""
+        return self.head(self.hidden(ids, cache=cache))
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """Make an empty cache for `batch` sequences of up to `capacity` tokens, in the model's type, on its device."""
+        embedding = self.model.embed_tokens.weight
+        return KVCache(
+            layers=self.config.layers,
+            batch=batch,
+            kv_heads=self.config.kv_heads,
+            capacity=capacity,
+            head_dim=self.config.head_dim,
+            dtype=embedding.dtype,
+            device=embedding.device,
+        )

@@ -1,0 +1,73 @@
+"""What a plugin says about a family of models.
+
+An Architecture is data. The store, the loader, the adapters and the decoder read it; none of them knows a family's
+name. Patterns are globs over dotted names in which one `*` stands for one component or a part of one:
+`model.layers.*.self_attn.*_proj` matches `model.layers.7.self_attn.q_proj`.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+
+def no_ties(_config: Mapping[str, Any]) -> Mapping[str, str]:
+    """Say that no two parameters share their storage."""
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Architecture:
+    """A model family: how to build it, and what of it is quantised and adapted."""
+
+    name: str
+    """The family's name, as `qlora-pipe plugins` lists it."""
+
+    model_types: tuple[str, ...]
+    """Values of config.json's `model_type` that this family reads."""
+
+    kind: Literal["causal", "seq2seq"]
+    """Whether the model continues one sequence or maps a source to a target."""
+
+    task_type: Literal["CAUSAL_LM", "SEQ_2_SEQ_LM"]
+    """PEFT's name of the same, written into adapters."""
+
+    build: Callable[[Mapping[str, Any]], "torch.nn.Module"]
+    """Make the model from a checkpoint's config, on the meta device; ConfigError names a field it can't take."""
+
+    blocks: tuple[str, ...]
+    """Prefixes of the groups that lie together in the store, such as `model.layers.*`."""
+
+    quantize: tuple[str, ...]
+    """Weights that the store keeps in 4 bits, such as `model.layers.*.mlp.*_proj.weight`."""
+
+    keep_16bit: tuple[str, ...]
+    """Linear modules never quantised, such as `lm_head`; other tools read this list in the store's config."""
+
+    adapt: tuple[str, ...]
+    """Linear modules that get a LoRA adapter, such as `model.layers.*.mlp.*_proj`."""
+
+    ties: Callable[[Mapping[str, Any]], Mapping[str, str]] = no_ties
+    """From a config: parameters that share another's storage, {"lm_head.weight": "model.embed_tokens.weight"}."""
+
+
+@lru_cache(maxsize=256)
+def _compiled(patterns: tuple[str, ...], *, prefix: bool) -> re.Pattern[str]:
+    bodies = ["[^.]*".join(re.escape(part) for part in pattern.split("*")) for pattern in patterns]
+    end = r"(?=\.|\Z)" if prefix else r"\Z"
+    return re.compile("|".join(rf"(?:{body}){end}" for body in bodies) or r"(?!)")
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Say whether a dotted name matches one of the patterns as a whole."""
+    return _compiled(tuple(patterns), prefix=False).match(name) is not None
+
+
+def block_of(name: str, patterns: Iterable[str]) -> str | None:
+    """Name the block a tensor belongs to, `model.layers.7`, or None where it belongs to none."""
+    found = _compiled(tuple(patterns), prefix=True).match(name)
+    return None if found is None else found.group()

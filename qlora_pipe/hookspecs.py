@@ -1,0 +1,37 @@
+"""The hooks: what a plugin may implement, each called at the time its sentence says.
+
+A plugin is a module whose functions are marked with `hookimpl` and return data. An implementation may take fewer
+arguments than the hook offers.
+"""
+
+from typing import Any
+
+import pluggy
+
+from qlora_pipe.architecture import Architecture
+from qlora_pipe.dataset import Dataset
+from qlora_pipe.exporter import Exporter
+
+PROJECT = "qlora_pipe"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@hookspec
+def register_architectures() -> list[Architecture]:  # type: ignore[empty-body]
+    """Return the model families this plugin can build; called at the first look-up of a model."""
+
+
+@hookspec
+def register_datasets() -> list[Dataset]:  # type: ignore[empty-body]
+    """Return named sources of examples; called at the first look-up of a dataset."""
+
+
+@hookspec
+def register_exporters() -> list[Exporter]:  # type: ignore[empty-body]
+    """Return named targets of `export`; called at the first look-up of a target."""
+
+
+@hookspec
+def step_finished(report: dict[str, Any]) -> None:
+    """Called after each optimizer step with the object that metrics.jsonl gets; loggers live here."""

@@ -1,0 +1,123 @@
+"""Linear layers over a frozen base: 4-bit weights, and LoRA on top of 4-bit or 16-bit ones."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from qlora_formats.store import StoredWeight
+from qlora_kernels.levels import recognise
+from qlora_kernels.linear import lora_linear
+from qlora_kernels.quantized import QuantizedTensor
+from qlora_pipe.errors import DataError
+
+
+def quantized_tensor(stored: StoredWeight, *, name: str) -> QuantizedTensor:
+    """Join what a store holds of a weight with the arithmetic that reads it.
+
+    Raises DataError where the stored table of levels is neither NF4's nor FP4's: it would dequantise to nonsense.
+    """
+    if recognise(stored.levels) != stored.kind:
+        raise DataError(f"{name}: its quant_map is not {stored.kind}'s table of levels; the file is of another format.")
+    return QuantizedTensor(
+        codes=stored.codes,
+        absmax=stored.absmax,
+        levels=stored.levels,
+        nested_absmax=stored.nested_absmax,
+        nested_levels=stored.nested_levels,
+        offset=stored.offset,
+        block_size=stored.block_size,
+        nested_block_size=stored.nested_block_size,
+        shape=stored.shape,
+    )
+
+
+class QuantizedLinear(nn.Module):
+    """y = x W^T + bias, with W [out, in] frozen in 4 bits. The bytes are buffers, never parameters."""
+
+    codes: Tensor
+    absmax: Tensor
+    levels: Tensor
+    nested_absmax: Tensor | None
+    nested_levels: Tensor | None
+    offset: Tensor | None
+
+    def __init__(self, weight: QuantizedTensor, *, bias: Tensor | None = None) -> None:
+        super().__init__()
+        for name in ("codes", "absmax", "levels", "nested_absmax", "nested_levels", "offset"):
+            self.register_buffer(name, getattr(weight, name), persistent=False)
+        self.block_size, self.nested_block_size = weight.block_size, weight.nested_block_size
+        self.out_features, self.in_features = weight.shape
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @property
+    def frozen(self) -> QuantizedTensor:
+        """The weight as the kernels take it: views of the buffers, wherever the module has been moved."""
+        return QuantizedTensor(
+            codes=self.codes,
+            absmax=self.absmax,
+            levels=self.levels,
+            nested_absmax=self.nested_absmax,
+            nested_levels=self.nested_levels,
+            offset=self.offset,
+            block_size=self.block_size,
+            nested_block_size=self.nested_block_size,
+            shape=(self.out_features, self.in_features),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [..., in] to [..., out]; the dense weight lives for the length of one product."""
+        return lora_linear(x, self.frozen, bias=self.bias)
+
+
+class LoraLinear(nn.Module):
+    """y = x W^T + bias + scale * dropout(x) A^T B^T (Hu et al., 2021, arXiv 2106.09685), with W frozen.
+
+    A [rank, in] and B [out, rank] are float32 parameters. B starts at zero, so a new adapter changes nothing.
+    """
+
+    def __init__(self, base: "nn.Linear | QuantizedLinear", *, rank: int, scale: float, dropout: float) -> None:
+        super().__init__()
+        self.base = base
+        self.scale, self.dropout = scale, dropout
+        device = next(iter([*base.parameters(), *base.buffers()])).device
+        self.lora_a = nn.Parameter(torch.empty(rank, base.in_features, device=device))
+        self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+
+    def reset(self) -> None:
+        """Draw A from torch's CPU generator, so that a seed gives the same adapter on every device."""
+        start = torch.empty(self.lora_a.shape)
+        nn.init.kaiming_uniform_(start, a=math.sqrt(5))
+        with torch.no_grad():
+            self.lora_a.copy_(start)
+            self.lora_b.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [..., in] to [..., out] through the base and the adapter."""
+        # The seed comes from the generator whose state every checkpoint carries.
+        drops = self.training and self.dropout > 0
+        return lora_linear(
+            x,
+            self.base.frozen if isinstance(self.base, QuantizedLinear) else self.base.weight,
+            bias=self.base.bias,
+            lora_a=self.lora_a,
+            lora_b=self.lora_b,
+            scale=self.scale,
+            dropout=self.dropout if drops else 0.0,
+            seed=int(torch.randint(1 << 62, ())) if drops else None,
+        )
+
+
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module where `path` points, `model.layers.0.mlp.up_proj`."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def linear_modules(model: nn.Module) -> dict[str, "nn.Linear | QuantizedLinear"]:
+    """Every linear layer of a model by its path, with those already under an adapter left out."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | QuantizedLinear) and not path.endswith(".base")
+    }

@@ -1,0 +1,45 @@
+"""A model in memory, with what was read on the way."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from qlora_pipe.architecture import Architecture
+from qlora_pipe.errors import DataError
+from qlora_pipe.generate.decoding import CausalModel
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, and what was read on the way."""
+
+    module: nn.Module
+    architecture: Architecture
+    config: Mapping[str, Any]
+    generation_config: Mapping[str, Any]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def causal(self) -> CausalModel:
+        """The module as what generation and the loss ask of it."""
+        return cast(CausalModel, self.module)
+
+    def require_ids(self, ids: Iterable[int]) -> None:
+        """Raise DataError where an id has no row in the embedding: the tokenizer belongs to another model."""
+        size, largest = self.config["vocab_size"], max(ids, default=0)
+        if largest >= size:
+            raise DataError(
+                f"the tokenizer gives the id {largest}, and the model's vocabulary ends at {size - 1}:"
+                " tokenizer.json and config.json do not belong together."
+            )
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The ids that end a text: generation_config's eos_token_id, else config's; one id or a list."""
+        found = self.generation_config.get("eos_token_id", self.config.get("eos_token_id"))
+        ids = found if isinstance(found, list) else [found]
+        return frozenset(item for item in ids if isinstance(item, int))
