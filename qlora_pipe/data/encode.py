@@ -1,0 +1,132 @@
+"""From examples to samples: render, tokenise once, mask by character offsets, cut.
+
+A conversation is cut after each answer. Every such piece (what leads to the answer, and the answer) is rendered to one
+string and tokenised in one go, as it would be when the model is used, so that no token stands there which generation
+would never produce; an EOS id follows it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qlora_pipe.data.tokenizer import Tokenizer
+from qlora_pipe.dataset import Example
+from qlora_pipe.errors import DataError
+
+# Changes whenever the same rows would become other samples.
+ENCODING_VERSION = 1
+
+# What stands before and after each turn's text.
+CHAT_FORM = {"system": ("", "\n"), "user": ("### Human: ", "\n"), "assistant": ("### Assistant: ", "")}
+PLAIN_FORM = {"system": ("", ""), "user": ("", ""), "assistant": ("", "")}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Sample:
+    """One sequence to train on: ids [T], int32, and which of them are targets, [T], bool.
+
+    The first id is never a target, for nothing stands before it.
+    """
+
+    ids: NDArray[np.int32]
+    trained: NDArray[np.bool_]
+    origin: str
+    cut: bool = False
+    """Whether tokens beyond the longest sample allowed were left out."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """A stretch of a conversation that ends with an answer, as one string."""
+
+    text: str
+    answer_start: int
+    """The character of `text` that the answer begins at."""
+
+
+def encode(example: Example, tokenizer: Tokenizer, *, max_tokens: int) -> Iterator[Sample]:
+    """Yield an example's samples: one for a prompt or a conversation, windows for a text.
+
+    DataError names the row whose text the tokenizer cannot take, or of which nothing would be trained.
+    """
+    kinds = {message.role == "text" for message in example.messages}
+    if kinds == {True}:
+        return _windows(example, tokenizer, max_tokens=max_tokens)
+    if kinds != {False}:
+        raise DataError(f"{example.origin}: an example has text alone, or the turns of a conversation")
+    return iter([_conversation(example, tokenizer, max_tokens=max_tokens)])
+
+
+def pieces(example: Example) -> list[Piece]:
+    """Render a conversation, one piece per answer; DataError where the last turn is not an answer."""
+    form = CHAT_FORM if example.template == "chat" else PLAIN_FORM
+    found: list[Piece] = []
+    lead = ""
+    for message in example.messages:
+        before, after = form[message.role]
+        lead += before
+        if message.role == "assistant":
+            found.append(Piece(text=lead + message.content + after, answer_start=len(lead)))
+            lead = ""
+        else:
+            lead += message.content + after
+    if lead or not found:
+        raise DataError(f"{example.origin}: the last turn is not the assistant's, so there is no answer to train on")
+    return found
+
+
+def _conversation(example: Example, tokenizer: Tokenizer, *, max_tokens: int) -> Sample:
+    ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    trained = [False] * len(ids)
+    for piece in pieces(example):
+        piece_ids, offsets = _tokenise(piece.text, tokenizer, origin=example.origin)
+        # A token over the border holds the answer's first letters, and generation has to produce it after the
+        # prompt's last whole token; so it is trained. A token without width belongs to what stands before it.
+        in_answer = [end > piece.answer_start for _, end in offsets]
+        if not any(in_answer):
+            raise DataError(f"{example.origin}: the tokenizer makes no token of the answer")
+        ids += [*piece_ids, tokenizer.eos_id]
+        trained += [*in_answer, True]
+    trained[0] = False
+    if not any(trained[:max_tokens]):
+        raise DataError(
+            f"{example.origin}: nothing is left to train: the sample has {len(ids)} tokens, its answer begins at token"
+            f" {trained.index(True) + 1} and --max-tokens is {max_tokens}; raise --max-tokens or remove the row"
+        )
+    return _sample(ids[:max_tokens], trained[:max_tokens], origin=example.origin, cut=len(ids) > max_tokens)
+
+
+def _windows(example: Example, tokenizer: Tokenizer, *, max_tokens: int) -> Iterator[Sample]:
+    """Cut a document into windows in which every token of it is a target exactly once.
+
+    A window begins with BOS; without one in the tokenizer, with the token before it, so that no target lacks a
+    context. (Then the document's first token, which nothing stands before, is the one that is no target.)
+    """
+    text = "".join(message.content for message in example.messages)
+    ids, _ = _tokenise(text, tokenizer, origin=example.origin)
+    if not ids:
+        raise DataError(f"{example.origin}: the tokenizer makes no token of the text")
+    bos_id = tokenizer.bos_id
+    stream = [*([] if bos_id is None else [bos_id]), *ids, tokenizer.eos_id]
+    for number, start in enumerate(range(1, len(stream), max_tokens - 1), start=1):
+        body = stream[start : start + max_tokens - 1]
+        if bos_id is not None and body == [tokenizer.eos_id]:
+            # BOS and EOS alone would teach that a text may end before it begins.
+            return
+        head = stream[start - 1] if bos_id is None else bos_id
+        yield _sample(
+            [head, *body], [False] + [True] * len(body), origin=f"{example.origin} window {number}", cut=False
+        )
+
+
+def _tokenise(text: str, tokenizer: Tokenizer, *, origin: str) -> tuple[list[int], list[tuple[int, int]]]:
+    try:
+        return tokenizer.encode(text)
+    except DataError as fault:
+        raise DataError(f"{origin}: {fault}") from fault
+
+
+def _sample(ids: Sequence[int], trained: Sequence[bool], *, origin: str, cut: bool) -> Sample:
+    return Sample(ids=np.array(ids, dtype=np.int32), trained=np.array(trained, dtype=np.bool_), origin=origin, cut=cut)

@@ -1,0 +1,191 @@
+"""Loading NAME:PATH, its fingerprint, and the held-out share."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pluggy
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_pipe import hookspecs
+from qlora_pipe.data.encode import Sample
+from qlora_pipe.data.samples import SampleSet, find_source, fingerprint_source, load_samples, split_held_out
+from qlora_pipe.data.tokenizer import Tokenizer
+from qlora_pipe.dataset import Dataset, Example, prompt_and_answer
+from qlora_pipe.errors import DataError, MissingInputError, UsageProblem
+
+
+def _read_lines(path: Path) -> Iterator[Example]:
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        prompt, _, answer = line.partition("|")
+        yield prompt_and_answer(prompt, answer, origin=f"{path.name}:{number}")
+
+
+class _Plugin:
+    @hookspecs.hookimpl
+    def register_datasets(self) -> list[Dataset]:
+        return [Dataset(name=name, help="prompt|answer, one a line", read=_read_lines) for name in ("bars", "pipes")]
+
+
+@pytest.fixture
+def manager() -> pluggy.PluginManager:
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    manager.register(_Plugin())
+    return manager
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.txt"
+    path.write_text("the: |yes\nthe: |no no no\nyes |no\n")
+    return path
+
+
+def _load(spec: str, tokenizer: Tokenizer, manager: pluggy.PluginManager, *, max_tokens: int = 8) -> SampleSet:
+    return load_samples(spec, tokenizer=tokenizer, max_tokens=max_tokens, manager=manager)
+
+
+def test_rows_become_samples_in_their_order(
+    rows: Path, tiny_tokenizer: Tokenizer, manager: pluggy.PluginManager
+) -> None:
+    loaded = _load(f"bars:{rows}", tiny_tokenizer, manager)
+    assert [sample.origin for sample in loaded.samples] == ["rows.txt:1", "rows.txt:2", "rows.txt:3"]
+    lengths, targets = [6, 8, 5], [2, 3, 2]
+    assert [len(sample.ids) for sample in loaded.samples] == lengths
+    assert [int(sample.trained.sum()) for sample in loaded.samples] == targets
+    stats = loaded.stats
+    assert (stats.rows, stats.samples, stats.cut) == (3, 3, 1)
+    assert (stats.tokens, stats.trained) == (sum(lengths), sum(targets))
+
+
+def test_progress_counts_rows_and_check_is_asked_before_each(
+    rows: Path, tiny_tokenizer: Tokenizer, manager: pluggy.PluginManager
+) -> None:
+    calls: list[object] = []
+    load_samples(
+        f"bars:{rows}", tokenizer=tiny_tokenizer, max_tokens=8, manager=manager,
+        progress=lambda done, total: calls.append((done, total)), check=lambda: calls.append("check"),
+    )  # fmt: skip
+    assert calls == ["check", (1, None), "check", (2, None), "check", (3, None)]
+
+
+def test_what_check_raises_stops_the_load(rows: Path, tiny_tokenizer: Tokenizer, manager: pluggy.PluginManager) -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        load_samples(f"bars:{rows}", tokenizer=tiny_tokenizer, max_tokens=8, manager=manager, check=stop)
+
+
+@pytest.mark.parametrize("spec", ["rows.txt", ":rows.txt", "bars:", ""])
+def test_spec_of_another_form_is_a_usage_problem(spec: str, manager: pluggy.PluginManager) -> None:
+    with pytest.raises(UsageProblem) as caught:
+        find_source(spec, manager=manager)
+    assert str(caught.value) == (
+        f"{spec!r} does not name data: write NAME:PATH, such as alpaca:train.json (installed: bars, pipes)"
+    )
+
+
+def test_unknown_dataset_is_a_usage_problem(rows: Path, manager: pluggy.PluginManager) -> None:
+    with pytest.raises(UsageProblem, match=r"no dataset named 'csv' \(installed: bars, pipes\)"):
+        find_source(f"csv:{rows}", manager=manager)
+
+
+def test_absent_path_is_missing_input(tmp_path: Path, manager: pluggy.PluginManager) -> None:
+    with pytest.raises(MissingInputError, match=r"^no file or folder at .*/nowhere\.txt \(asked for by bars:"):
+        find_source(f"bars:{tmp_path}/nowhere.txt", manager=manager)
+
+
+def test_colons_in_a_path_belong_to_it(tmp_path: Path, manager: pluggy.PluginManager) -> None:
+    path = tmp_path / "a:b.txt"
+    path.touch()
+    assert find_source(f"bars:{path}", manager=manager).path == path
+
+
+def test_dataset_without_rows_is_a_data_error(
+    tmp_path: Path, tiny_tokenizer: Tokenizer, manager: pluggy.PluginManager
+) -> None:
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(DataError, match=r"empty\.txt holds no rows$"):
+        _load(f"bars:{tmp_path}/empty.txt", tiny_tokenizer, manager)
+
+
+def test_fingerprint_is_the_same_for_the_same_samples_under_another_name(
+    rows: Path, tiny_tokenizer: Tokenizer, manager: pluggy.PluginManager
+) -> None:
+    first = _load(f"bars:{rows}", tiny_tokenizer, manager).fingerprint
+    moved = rows.rename(rows.with_name("moved.txt"))
+    assert _load(f"bars:{moved}", tiny_tokenizer, manager).fingerprint == first
+    assert len(bytes.fromhex(first)) == 32
+
+
+def test_fingerprint_changes_with_bytes_dataset_tokenizer_and_length(
+    rows: Path, tiny_tokenizer: Tokenizer, manager: pluggy.PluginManager
+) -> None:
+    def fingerprint(name: str = "bars", tokenizer: Tokenizer = tiny_tokenizer, max_tokens: int = 8) -> str:
+        source = find_source(f"{name}:{rows}", manager=manager)
+        return fingerprint_source(source, tokenizer=tokenizer, max_tokens=max_tokens)
+
+    without_bos = Tokenizer(
+        bos_id=None, eos_id=2, vocab_size=299, digest=tiny_tokenizer.digest, inner=tiny_tokenizer.inner
+    )
+    other_file = Tokenizer(bos_id=1, eos_id=2, vocab_size=299, digest="00", inner=tiny_tokenizer.inner)
+    found = [
+        fingerprint(), fingerprint(name="pipes"), fingerprint(max_tokens=9),
+        fingerprint(tokenizer=without_bos), fingerprint(tokenizer=other_file),
+    ]  # fmt: skip
+    rows.write_text(rows.read_text() + "\n")
+    found.append(fingerprint())
+    assert len(set(found)) == len(found)
+
+
+def test_fingerprint_of_a_folder_follows_names_and_bytes(
+    tmp_path: Path, tiny_tokenizer: Tokenizer, manager: pluggy.PluginManager
+) -> None:
+    def fingerprint() -> str:
+        source = find_source(f"bars:{folder}", manager=manager)
+        return fingerprint_source(source, tokenizer=tiny_tokenizer, max_tokens=8)
+
+    folder = tmp_path / "many"
+    folder.mkdir()
+    (folder / "a.txt").write_text("one")
+    (folder / "b.txt").write_text("two")
+    found = [fingerprint()]
+    (folder / "b.txt").rename(folder / "c.txt")
+    found.append(fingerprint())
+    (folder / "c.txt").write_text("too")
+    found.append(fingerprint())
+    assert len(set(found)) == 3
+    folder = folder.rename(tmp_path / "moved")
+    assert fingerprint() == found[-1]
+
+
+def _samples(count: int) -> list[Sample]:
+    return [
+        Sample(ids=np.array([1, 2], dtype=np.int32), trained=np.array([False, True]), origin=f"x:{number}")
+        for number in range(count)
+    ]
+
+
+@given(count=st.integers(1, 300), share=st.floats(0, 0.999), seed=st.integers(0, 2**70))
+def test_split_holds_out_the_share_and_loses_nothing(count: int, share: float, seed: int) -> None:
+    samples = _samples(count)
+    train, held_out = split_held_out(samples, share=share, seed=seed)
+    assert len(held_out) == min(round(share * count), count - 1)
+    place = {id(sample): number for number, sample in enumerate(samples)}
+    places = [[place[id(sample)] for sample in part] for part in (train, held_out)]
+    assert sorted(places[0] + places[1]) == list(range(count))
+    assert places == [sorted(part) for part in places]
+
+
+def test_split_follows_the_seed_and_stays_the_same_for_ever() -> None:
+    def drawn(seed: int) -> list[str]:
+        return [sample.origin for sample in split_held_out(_samples(50), share=0.1, seed=seed)[1]]
+
+    assert drawn(0) == drawn(0)
+    assert len({tuple(drawn(seed)) for seed in range(20)}) == 20
+    # Runs are continued by later versions; these draws must not move.
+    assert drawn(0) == ["x:2", "x:3", "x:11", "x:13", "x:20"]
