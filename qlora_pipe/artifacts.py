@@ -1,0 +1,201 @@
+"""The folders that flow between stages: each is checked when it is opened, and holds no tensors until it is asked.
+
+`Checkpoint` is a 16-bit Hugging Face folder, `QuantizedCheckpoint` an NF4 store (ours or bitsandbytes'), `Adapter` a
+PEFT adapter, `Run` what `finetune` writes. Each may be named by a folder or a Hub id (`user/name[@revision]`).
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from qlora_formats.adapter import AdapterFolder
+from qlora_formats.checkpoint import CheckpointFolder
+from qlora_formats.manifest import Manifest
+from qlora_formats.store import Store, is_store
+from qlora_pipe.errors import DataError, MissingInputError
+from qlora_pipe.hub import Resolved, resolve
+
+_PIECE = 1 << 22
+_TOKENIZER = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "spiece", "chat_template")
+
+
+def sha256_of(path: Path) -> str:
+    """Hash a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Model:
+    """A folder with a config and weights: what every stage takes as its base."""
+
+    path: Path
+    weights: CheckpointFolder | Store
+    repo: str | None
+    revision: str | None
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """What config.json holds."""
+        return self.weights.config
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Say which model this is without naming a path: Hub id, revision, and the hash of what it holds."""
+        manifest = Manifest.read_if_present(self.path)
+        if manifest is not None:
+            content: dict[str, Any] = {"manifest": manifest.digest}
+        else:
+            files = [self.path / "config.json", *self.weights.shards]
+            content = {"sha256": {path.name: sha256_of(path) for path in sorted(files, key=lambda p: p.name)}}
+        named = {"repo": self.repo or self.hub_name, "revision": self.revision, "quantization": self.quantization}
+        return content | {key: value for key, value in named.items() if value is not None}
+
+    @property
+    def quantization(self) -> str | None:
+        """The 4-bit type of the weights, "nf4" or "fp4"; None for a 16-bit checkpoint."""
+        settings = self.config.get("quantization_config")
+        return settings.get("bnb_4bit_quant_type", "fp4") if isinstance(settings, dict) else None
+
+    @property
+    def tokenizer_files(self) -> list[Path]:
+        """The files from which tokenizers are made, in a fixed order."""
+        return [path for path in self.weights.carried_files() if path.name.startswith(_TOKENIZER)]
+
+    @property
+    def hub_name(self) -> str | None:
+        """The Hub id of this model, or of the one it was made from, where it is known."""
+        if self.repo is not None:
+            return self.repo
+        manifest = Manifest.read_if_present(self.path)
+        source = manifest.inputs.get("source", {}) if manifest is not None else {}
+        return source.get("repo") if isinstance(source, dict) else None
+
+
+@dataclass(frozen=True)
+class Checkpoint(Model):
+    """A 16-bit (or 32-bit) Hugging Face checkpoint."""
+
+    weights: CheckpointFolder
+
+    @classmethod
+    def open(cls, name: str | Path) -> Self:
+        """Open a folder or Hub id; DataError where it is a 4-bit store."""
+        return cls.at(resolve(str(name)))
+
+    @classmethod
+    def at(cls, found: Resolved) -> Self:
+        """Open what a name was resolved to."""
+        if is_store(found.path):
+            raise DataError(f"{found.path} is already a 4-bit store; name the 16-bit checkpoint it was made from.")
+        return cls(found.path, CheckpointFolder.open(found.path), found.repo, found.revision)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one tensor."""
+        return self.weights.info(name).shape
+
+
+@dataclass(frozen=True)
+class QuantizedCheckpoint(Model):
+    """A 4-bit store in bitsandbytes' layout."""
+
+    weights: Store
+
+    @classmethod
+    def open(cls, name: str | Path) -> Self:
+        """Open a folder or Hub id; DataError where it holds no 4-bit weights."""
+        return cls.at(resolve(str(name)))
+
+    @classmethod
+    def at(cls, found: Resolved) -> Self:
+        """Open what a name was resolved to."""
+        if not is_store(found.path):
+            raise DataError(f"{found.path} is not a 4-bit store; make one: qlora-pipe quantize {found.path} OUT.")
+        return cls(found.path, Store.open(found.path), found.repo, found.revision)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one weight, packed or not."""
+        return self.weights.shape(name)
+
+
+def open_model(name: str | Path) -> Checkpoint | QuantizedCheckpoint:
+    """Open a base of either kind by its folder or Hub id."""
+    found = resolve(str(name))
+    return QuantizedCheckpoint.at(found) if is_store(found.path) else Checkpoint.at(found)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter in PEFT's layout."""
+
+    path: Path
+    folder: AdapterFolder
+    repo: str | None
+
+    @classmethod
+    def open(cls, name: str | Path) -> Self:
+        """Open a folder or Hub id; a run's folder stands for the adapter it ended with."""
+        found = resolve(str(name))
+        path = found.path
+        if Run.is_run(path):
+            path = Run(path).adapter_path
+        return cls(path, AdapterFolder.open(path), found.repo)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Say which adapter this is without naming a path."""
+        weights = self.path / "adapter_model.safetensors"
+        return {"sha256": {"adapter_model.safetensors": sha256_of(weights)}}
+
+    @property
+    def trained_on(self) -> Any:
+        """The identity of the base this adapter was trained on, where its manifest says so."""
+        manifest = Manifest.read_if_present(self.path)
+        return None if manifest is None else manifest.inputs.get("base")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `finetune` writes: the resolved settings, the metrics, checkpoints, and the adapter it ended with."""
+
+    path: Path
+
+    @staticmethod
+    def is_run(path: Path) -> bool:
+        """Say whether a folder is a run's."""
+        return (path / "config.resolved.yaml").is_file()
+
+    @property
+    def config_path(self) -> Path:
+        """The settings this run was started with."""
+        return self.path / "config.resolved.yaml"
+
+    @property
+    def metrics_path(self) -> Path:
+        """One JSON object per optimizer step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints_path(self) -> Path:
+        """The folder of training checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def final_path(self) -> Path:
+        """Where the adapter lies once the run has ended."""
+        return self.path / "final"
+
+    @property
+    def adapter_path(self) -> Path:
+        """The finished adapter; MissingInputError while the run has not ended."""
+        if not self.final_path.is_dir():
+            raise MissingInputError(
+                f"{self.path} is a run that has not ended; run its command again and it goes on where it stopped."
+            )
+        return self.final_path

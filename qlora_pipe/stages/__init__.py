@@ -1,0 +1,1 @@
+"""The stages: one public function each, from folders to a folder."""

@@ -1,0 +1,50 @@
+"""Generate: continue a text with a model, and an adapter left unmerged."""
+
+from collections.abc import Iterator
+
+import pluggy
+
+from qlora_pipe.artifacts import Adapter, Checkpoint, QuantizedCheckpoint
+from qlora_pipe.config import GenerateConfig
+from qlora_pipe.data.tokenizer import Tokenizer
+from qlora_pipe.generate import generate, stream_text
+from qlora_pipe.nn.loaded import LoadedModel
+from qlora_pipe.plugins import find_architecture
+from qlora_pipe.stages.load import choose_device, choose_dtype, load
+
+
+def continue_text(
+    model: Checkpoint | QuantizedCheckpoint,
+    prompt: str,
+    config: GenerateConfig,
+    *,
+    manager: pluggy.PluginManager,
+    adapter: Adapter | None = None,
+) -> Iterator[str]:
+    """Yield the continuation of a prompt piece by piece, the prompt left out.
+
+    The prompt is fed as it is, after the tokenizer's BOS. Raises DataError where the adapter does not fit.
+    """
+    architecture = find_architecture(manager, model.config.get("model_type"))
+    tokenizer = Tokenizer.open(model.path)
+    device = choose_device(config.device)
+    loaded = load(model, architecture, dtype=choose_dtype(config.dtype, device), device=device, adapter=adapter)
+    yield from answer(loaded, tokenizer, prompt, config)
+
+
+def answer(loaded: LoadedModel, tokenizer: Tokenizer, prompt: str, config: GenerateConfig) -> Iterator[str]:
+    """Yield the continuation of a prompt by a loaded model."""
+    ids, _ = tokenizer.encode(prompt)
+    if tokenizer.bos_id is not None:
+        ids = [tokenizer.bos_id, *ids]
+    loaded.require_ids(ids)
+    new_ids = generate(
+        loaded.causal,
+        ids,
+        max_new_tokens=config.max_new_tokens,
+        stop_ids=loaded.stop_ids | {tokenizer.eos_id},
+        temperature=config.temperature,
+        top_p=config.top_p,
+        seed=config.seed,
+    )
+    yield from stream_text(tokenizer, new_ids, prompt=ids)

@@ -1,0 +1,113 @@
+"""Load: from a folder to a model in memory. The one stage whose result cannot lie on disk."""
+
+import torch
+from torch import Tensor, nn
+
+from qlora_formats.store import StoredWeight
+from qlora_pipe.architecture import Architecture, matches
+from qlora_pipe.artifacts import Adapter, Checkpoint, QuantizedCheckpoint
+from qlora_pipe.config import Device, DType
+from qlora_pipe.errors import ConfigError, DataError
+from qlora_pipe.nn.adapt import attach_adapter
+from qlora_pipe.nn.linear import QuantizedLinear, quantized_tensor, replace_module
+from qlora_pipe.nn.loaded import LoadedModel
+
+# Tables that older checkpoints carry although they follow from the config.
+_DERIVED = ("*.*.*.*.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
+
+
+def choose_device(device: Device) -> torch.device:
+    """Turn a setting into a device; ConfigError where a GPU was asked for and there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device cuda was asked for, and torch sees no GPU here; use --device cpu.")
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def choose_dtype(dtype: DType, device: torch.device) -> torch.dtype:
+    """Turn a setting into the type to compute in: auto is bfloat16 or float16 on a GPU, float32 on a CPU."""
+    if dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def load(
+    base: Checkpoint | QuantizedCheckpoint,
+    architecture: Architecture,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    adapter: Adapter | None = None,
+) -> LoadedModel:
+    """Build the model on the meta device and fill it with views of the mapped file.
+
+    On a CPU the packed bytes are never copied. 16-bit tensors are converted where `dtype` is another. Raises DataError
+    where the folder's tensors and the model's parameters do not agree in names or shapes, or the adapter does not fit.
+    """
+    with torch.device("meta"):
+        module = architecture.build(base.config)
+    _fill(module, base, architecture, dtype=dtype, device=device)
+    if adapter is not None:
+        attach_adapter(module, adapter.folder.config, adapter.folder.pairs)
+    module.requires_grad_(False)
+    module.eval()
+    return LoadedModel(module, architecture, base.config, base.weights.generation_config, dtype, device)
+
+
+def _fill(
+    module: nn.Module,
+    base: Checkpoint | QuantizedCheckpoint,
+    architecture: Architecture,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    ties = architecture.ties(base.config)
+    wanted = dict(module.state_dict(keep_vars=True))
+    names = [name for name in base.weights.names if name not in ties]
+    missing = [name for name in wanted if name not in ties and name not in set(names)]
+    unknown = [name for name in names if name not in wanted and not matches(name, _DERIVED)]
+    if missing:
+        raise DataError(
+            f"{base.path.name} lacks the tensor {missing[0]} of a {architecture.name} model{_more(missing)}."
+        )
+    if unknown:
+        raise DataError(
+            f"{base.path.name} holds the tensor {unknown[0]}, which a {architecture.name} model with this config"
+            f" does not have{_more(unknown)}."
+        )
+    for name in names:
+        if name in wanted:
+            stored = base.weights.weight(name) if isinstance(base, QuantizedCheckpoint) else base.weights.tensor(name)
+            if tuple(stored.shape) != tuple(wanted[name].shape):
+                raise DataError(
+                    f"{base.path.name}: {name} has shape {list(stored.shape)}, and its config asks for"
+                    f" {list(wanted[name].shape)}."
+                )
+            _place(module, name, stored, dtype=dtype, device=device)
+    for name, source in ties.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, module.get_parameter(source))
+
+
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _place(
+    module: nn.Module, name: str, stored: "Tensor | StoredWeight", *, dtype: torch.dtype, device: torch.device
+) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if isinstance(stored, StoredWeight):
+        bias = getattr(owner, "bias", None)
+        layer = QuantizedLinear(quantized_tensor(stored, name=name), bias=None).to(device)
+        # A bias that came first is kept, one that comes later finds the new layer.
+        layer.bias = bias
+        replace_module(module, path, layer)
+        return
+    # A float64 model is wanted by tests alone; everything a user computes in is at most 32 bits wide.
+    setattr(owner, leaf, nn.Parameter(stored.to(device=device, dtype=dtype), requires_grad=False))

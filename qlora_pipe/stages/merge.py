@@ -1,0 +1,157 @@
+"""Merge: a base and an adapter become one plain checkpoint, a tensor at a time."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pluggy
+import torch
+from torch import Tensor
+
+from qlora_formats.checkpoint import write_checkpoint
+from qlora_formats.commit import commit_folder
+from qlora_formats.manifest import Manifest
+from qlora_formats.store import StoredWeight
+from qlora_formats.target import finished
+from qlora_formats.tensorfile import TensorPlan
+from qlora_kernels.dispatch import dequantize
+from qlora_pipe.artifacts import Adapter, Checkpoint, QuantizedCheckpoint
+from qlora_pipe.config import MergeConfig
+from qlora_pipe.errors import DataError
+from qlora_pipe.nn.linear import quantized_tensor
+from qlora_pipe.plugins import find_architecture
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeResult:
+    """A merged checkpoint, and how much of the adapter is in it."""
+
+    path: Path
+    already_done: bool
+    retention: dict[str, float | None]
+    """Per adapted layer: <merged - base, delta> / <delta, delta>; None where the adapter changes nothing."""
+
+    @property
+    def summary(self) -> str:
+        """One line for the user."""
+        kept = [share for share in self.retention.values() if share is not None]
+        least = f", at least {min(kept):.1%} of the adapter kept in every layer" if kept else ""
+        state = "already done, " if self.already_done else ""
+        return f"{state}{len(self.retention)} layers merged{least}"
+
+
+def merge(
+    base: Checkpoint | QuantizedCheckpoint,
+    adapter: Adapter,
+    out: Path,
+    config: MergeConfig,
+    *,
+    manager: pluggy.PluginManager,
+    progress: Callable[[str, int, int], None] = lambda _what, _done, _total: None,
+    note: Callable[[str], None] = lambda _: None,
+) -> MergeResult:
+    """Write base + scale * B A to `out`: summed in float32, rounded once to the data type asked for.
+
+    A 4-bit base is dequantised first: what was trained is what ships. Raises DataError where the adapter does not fit,
+    or where rounding would lose more of it than `min_retention` allows; ExistsError where `out` holds something else.
+    """
+    architecture = find_architecture(manager, base.config.get("model_type"))
+    ties = architecture.ties(base.config)
+    settings = {key: value for key, value in asdict(config).items() if key != "min_retention"}
+    inputs = {"base": base.identity, "adapter": adapter.identity, "settings": settings}
+    if (done := finished(out, kind="checkpoint", inputs=inputs)) is not None:
+        return _result(out, done, already_done=True)
+    if adapter.trained_on is not None and adapter.trained_on != base.identity:
+        note("the adapter was trained on another base than the one it is merged into: the result is another model.")
+    names = [name for name in base.weights.names if name not in ties]
+    _check_fit(adapter, base, names)
+    dtype = _DTYPES[config.dtype]
+    pairs, retention = adapter.folder.pairs, dict[str, float | None]()
+
+    def produce(name: str) -> Tensor:
+        dense = _dense(base, name)
+        path = name.removesuffix(".weight")
+        pair = pairs.get(path) if name.endswith(".weight") else None
+        if pair is None:
+            return dense.to(dtype)
+        delta = adapter.folder.config.scale(path) * (pair[1].float() @ pair[0].float())
+        merged = (dense + delta).to(dtype)
+        retention[path] = _retention(merged, dense, delta)
+        share = retention[path]
+        if share is not None and share < config.min_retention:
+            raise DataError(
+                f"{path}: rounding to {config.dtype} would keep {share:.1%} of the adapter, less than"
+                f" {config.min_retention:.0%}. Merge with --dtype float32, or go on with --min-retention 0."
+            )
+        return merged
+
+    def produce_counted(name: str) -> Tensor:
+        result = produce(name)
+        progress("merge", len(seen.setdefault(name, None) or seen), len(names))
+        return result
+
+    seen: dict[str, None] = {}
+    plans = [TensorPlan(name, dtype, base.shape(name)) for name in names]
+    with commit_folder(out, kind="checkpoint", inputs=inputs) as work:
+        write_checkpoint(
+            work, config=_plain_config(base, config.dtype), tensors=plans, produce=produce_counted,
+            shard_mib=config.shard_mib,
+        )  # fmt: skip
+        # Shards of an interrupted merge were not made by this process; what they keep is measured all the same.
+        for name in names:
+            if name not in seen:
+                produce_counted(name)
+        for file in base.weights.carried_files():
+            work.copy(file, file.name)
+        manifest = work.finish({"retention": {path: _rounded(share) for path, share in retention.items()}})
+    return _result(out, manifest, already_done=False)
+
+
+def _check_fit(adapter: Adapter, base: Checkpoint | QuantizedCheckpoint, names: list[str]) -> None:
+    known = set(names)
+    for path, (a, b) in adapter.folder.pairs.items():
+        name = f"{path}.weight"
+        if name not in known:
+            raise DataError(f"the adapter does not fit this base: it adapts {path}, and the base has no such layer.")
+        if base.shape(name) != (b.shape[0], a.shape[1]):
+            raise DataError(
+                f"the adapter does not fit this base: for {path} it maps {a.shape[1]} to {b.shape[0]} features,"
+                f" and the base's weight has shape {list(base.shape(name))}."
+            )
+
+
+def _dense(base: Checkpoint | QuantizedCheckpoint, name: str) -> Tensor:
+    """One weight in float32."""
+    if isinstance(base, Checkpoint):
+        return base.weights.tensor(name).float()
+    stored = base.weights.weight(name)
+    if isinstance(stored, StoredWeight):
+        return dequantize(quantized_tensor(stored, name=name), torch.float32)
+    return stored.float()
+
+
+def _retention(merged: Tensor, base: Tensor, delta: Tensor) -> float | None:
+    exact = delta.double()
+    size = float((exact * exact).sum())
+    if size == 0.0:
+        return None
+    return float(((merged.double() - base.double()) * exact).sum()) / size
+
+
+def _rounded(share: float | None) -> float | None:
+    return share if share is None or not math.isfinite(share) else float(f"{share:.6g}")
+
+
+def _plain_config(base: Checkpoint | QuantizedCheckpoint, dtype: str) -> dict[str, Any]:
+    """The base's config without its quantisation, in the merged data type, under the key it came with."""
+    config = {key: value for key, value in base.config.items() if key != "quantization_config"}
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    return {**config, key: dtype}
+
+
+def _result(out: Path, manifest: Manifest, *, already_done: bool) -> MergeResult:
+    return MergeResult(path=out, already_done=already_done, retention=manifest.fields["retention"])

@@ -1,0 +1,34 @@
+"""The loss: cross-entropy of the trained tokens alone, summed, so that any split of a window adds up to the same."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from qlora_pipe.data.batches import IGNORE, Batch
+from qlora_pipe.nn.loaded import LoadedModel
+
+# Rows of logits held at a time: 1,024 rows of a 128k vocabulary are half a GiB in float32.
+_ROWS = 1024
+
+
+def summed_loss(model: LoadedModel, batch: Batch) -> Tensor:
+    """Sum the cross-entropy over a batch's labels, in float32: a scalar.
+
+    Only the rows that are trained on reach the head: the prompt's and the padding's logits are never made.
+    """
+    ids, labels_BT = batch.ids.to(model.device), batch.labels.to(model.device)
+    trained_BT = labels_BT != IGNORE
+    hidden_ND, labels_N = model.causal.hidden(ids)[trained_BT], labels_BT[trained_BT]
+    parts = [
+        functional.cross_entropy(model.causal.head(rows).float(), labels, reduction="sum")
+        for rows, labels in zip(torch.split(hidden_ND, _ROWS), torch.split(labels_N, _ROWS), strict=True)
+    ]
+    return torch.stack(parts).sum()
+
+
+def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The Euclidean norm of all gradients together, in float32: a scalar."""
+    norms = [torch.linalg.vector_norm(p.grad.float()) for p in parameters if p.grad is not None]
+    return torch.stack(norms).square().sum().sqrt()

@@ -1,0 +1,137 @@
+"""Plugins: found, listed, refused and called; the examples of docs/plugins.md are run as they stand there."""
+
+import json
+import re
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qlora_pipe.architecture import Architecture
+from qlora_pipe.config import ExportConfig
+from qlora_pipe.dataset import Dataset
+from qlora_pipe.errors import ConfigError, DataError, UsageProblem
+from qlora_pipe.exporter import Exporter
+from qlora_pipe.hookspecs import hookimpl
+from qlora_pipe.plugins import find_architecture, find_dataset, find_exporter, list_plugins, load_plugins
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "plugins.md"
+
+
+def example(name: str) -> types.ModuleType:
+    """Run the block of docs/plugins.md that begins with `# NAME.py`."""
+    blocks = re.findall(r"^( *)```python\n(.*?)^ *```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    for indent, code in blocks:
+        text = re.sub(f"^{indent}", "", code, flags=re.MULTILINE)
+        if text.startswith(f"# {name}.py\n"):
+            module = types.ModuleType(name)
+            exec(compile(text, f"docs/plugins.md:{name}", "exec"), module.__dict__)
+            return module
+    raise AssertionError(f"docs/plugins.md has no example {name}")
+
+
+def test_the_built_in_plugins_come_through_the_entry_points() -> None:
+    found = {(entry.kind, entry.name) for entry in list_plugins(load_plugins())}
+    assert {("architecture", "llama"), ("dataset", "alpaca"), ("dataset", "jsonl"), ("dataset", "text")} <= found
+    assert ("exporter", "hub") in found
+    assert {entry.distribution for entry in list_plugins(load_plugins())} == {"qlora-pipe"}
+
+
+def test_each_manager_is_fresh() -> None:
+    class Extra:
+        @hookimpl
+        def register_datasets(self) -> list[Dataset]:
+            return [Dataset(name="extra", help="", read=lambda _path: iter(()))]
+
+    assert find_dataset(load_plugins(Extra()), "extra").name == "extra"
+    with pytest.raises(UsageProblem, match=r"there is no dataset named 'extra' \(installed: alpaca, jsonl, text\)"):
+        find_dataset(load_plugins(), "extra")
+
+
+def test_a_misspelt_hook_is_an_error() -> None:
+    class Misspelt:
+        @hookimpl
+        def register_dataset(self) -> list[Dataset]:
+            return []
+
+    with pytest.raises(ConfigError, match="register_dataset"):
+        load_plugins(Misspelt())
+
+
+def test_two_plugins_of_one_name_are_refused() -> None:
+    class Twin:
+        @hookimpl
+        def register_datasets(self) -> list[Dataset]:
+            return [Dataset(name="alpaca", help="", read=lambda _path: iter(()))]
+
+    with pytest.raises(ConfigError, match="two plugins bring the dataset 'alpaca'"):
+        find_dataset(load_plugins(Twin()), "alpaca")
+
+
+def test_an_unknown_model_type_is_answered_with_the_installed_ones() -> None:
+    with pytest.raises(ConfigError, match=r"no installed plugin reads model_type 'gpt2' \(installed: llama\)"):
+        find_architecture(load_plugins(), "gpt2")
+
+
+def test_the_documented_dataset_reads_its_file(tmp_path: Path) -> None:
+    manager = load_plugins(example("qlora_riddles"))
+    file = tmp_path / "riddles.txt"
+    file.write_text("What has keys and opens nothing? A piano\nNo question here\n")
+    rows = find_dataset(manager, "riddles").read(file)
+    assert [message.content for message in next(rows).messages] == ["What has keys and opens nothing?", " A piano"]
+    with pytest.raises(DataError, match=r"riddles.txt:2: a riddle needs a question mark"):
+        next(rows)
+
+
+def test_the_documented_architecture_builds_and_runs() -> None:
+    architecture = find_architecture(load_plugins(example("qlora_toy")), "toy")
+    assert isinstance(architecture, Architecture)
+    module = architecture.build({"hidden_size": 8, "vocab_size": 11, "num_hidden_layers": 2})
+    assert module(torch.tensor([[1, 2, 3]])).shape == (1, 3, 11)
+
+
+def test_the_documented_exporter_writes_its_archive(tmp_path: Path) -> None:
+    exporter = find_exporter(load_plugins(example("qlora_archive")), "archive")
+    assert isinstance(exporter, Exporter)
+    (tmp_path / "model").mkdir()
+    assert Path(exporter.push(tmp_path / "model", ExportConfig(to="archive"))).is_file()
+
+
+def test_the_documented_logger_hears_of_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    load_plugins(example("qlora_printer")).hook.step_finished(report={"step": 3, "loss": 1.5})
+    assert capsys.readouterr().out == "3 1.5\n"
+
+
+def test_a_logger_may_take_no_argument() -> None:
+    calls = []
+
+    class Counter:
+        @hookimpl
+        def step_finished(self) -> None:
+            calls.append(1)
+
+    load_plugins(Counter()).hook.step_finished(report={})
+    assert calls == [1]
+
+
+def test_register_hooks_may_be_methods_of_one_object() -> None:
+    class Everything:
+        @hookimpl
+        def register_architectures(self) -> list[Architecture]:
+            return []
+
+        @hookimpl
+        def register_exporters(self) -> list[Exporter]:
+            return [Exporter(name="nowhere", help="", push=lambda _path, _config: "")]
+
+    assert find_exporter(load_plugins(Everything()), "nowhere").name == "nowhere"
+
+
+def test_the_plugins_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
+    from qlora_pipe.cli import execute
+
+    assert execute(["plugins", "--json"]) == 0
+    rows: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    assert {"name": "llama", "kind": "architecture"}.items() <= next(r for r in rows if r["name"] == "llama").items()
