@@ -10,6 +10,8 @@ DEMO_VENV ?= .demo-venv
 demo: $(DEMO_VENV)/ready
 	$(DEMO_VENV)/bin/qlora-pipe demo
 
+# The test processes fill the cores; more threads in each would only get in each other's way.
+test: export OMP_NUM_THREADS = 1
 test: lint
 	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not soak"
 

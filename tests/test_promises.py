@@ -34,7 +34,7 @@ STOREYS = (
     {"hookspecs"},
     {"plugins"},
     {"hub", "artifacts", "model_card", "nn", "data", "generate"},
-    {"optim", "train"},
+    {"train"},
     {"stages"},
     {"demo", "testing", "cli"},
     {"__main__"},

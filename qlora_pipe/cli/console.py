@@ -23,7 +23,7 @@ class Console:
         self._terminal = Terminal(stderr=True)
         self._bar: Progress | None = None
         self._task: Any = None
-        self._last_line = 0.0
+        self._last_line = time.monotonic()
 
     def __enter__(self) -> Self:
         if self._terminal.is_terminal:
@@ -45,13 +45,13 @@ class Console:
         else:
             click.echo(f"note: {sentence}", err=True)
 
-    def count(self, what: str, done: int, total: int) -> None:
-        """Show that `done` of `total` units are through."""
+    def count(self, what: str, done: int, total: int | None) -> None:
+        """Show that `done` of `total` units are through; None where nobody knows how many there are."""
         if self._bar is None:
             now = time.monotonic()
             if done == total or now - self._last_line >= _SECONDS_BETWEEN_LINES:
                 self._last_line = now
-                click.echo(f"{what} {done}/{total}", err=True)
+                click.echo(f"{what} {done}" + ("" if total is None else f"/{total}"), err=True)
             return
         if self._task is None:
             self._task = self._bar.add_task(what, total=total)

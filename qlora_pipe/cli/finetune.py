@@ -31,7 +31,7 @@ def finetune(base: str, data: str | None, out: Path | None, **settings: Any) -> 
     base, data, out, config = resolve_request(base, data, out, settings)
     request = FinetuneRequest(base=base, data=data, out=out, config=config)
     with Console(steps=config.steps) as console:
-        done = stage(request, manager=load_plugins(console), note=console.note)
+        done = stage(request, manager=load_plugins(console), note=console.note, progress=console.count)
     click.echo(done.final_path)
 
 

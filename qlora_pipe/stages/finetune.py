@@ -58,13 +58,18 @@ class FinetuneRequest:
 
 
 def finetune(
-    request: FinetuneRequest, *, manager: pluggy.PluginManager, note: Callable[[str], None] = lambda _: None
+    request: FinetuneRequest,
+    *,
+    manager: pluggy.PluginManager,
+    note: Callable[[str], None] = lambda _: None,
+    progress: Callable[[str, int, int | None], None] = lambda _what, _done, _total: None,
 ) -> Run:
     """Train a LoRA adapter on a frozen base.
 
     Called again with the same request it goes on from the newest valid checkpoint and ends with the same bytes; a
-    run that has ended is left as it is. `note` takes sentences for the user. Each step goes to the `step_finished`
-    hook. Raises ExistsError where `out` holds something else, Interrupted once a signal's checkpoint is saved.
+    run that has ended is left as it is. `note` takes sentences for the user, `progress` the rows tokenised so far. Each
+    step goes to the `step_finished` hook. Raises ExistsError where `out` holds something else, Interrupted once a
+    signal's checkpoint is saved.
     """
     run, config = Run(request.out), request.config
     if config.threads:
@@ -81,7 +86,7 @@ def finetune(
             note(f"{run.path} is already done: same base, data and settings.")
             return run
         _refuse_another(run, request)
-        held_in, held_out = _samples(request, manager, tokenizer=tokenizer, stop=stop, note=note)
+        held_in, held_out = _samples(request, manager, tokenizer=tokenizer, stop=stop, note=note, progress=progress)
         # From here on every draw comes from this seed: the adapter's first values, then the dropout.
         torch.manual_seed(config.seed)
         model = load(base, architecture, dtype=dtype, device=device)
@@ -185,12 +190,20 @@ def _samples(
     tokenizer: Tokenizer,
     stop: StopFlag,
     note: Callable[[str], None],
+    progress: Callable[[str, int, int | None], None],
 ) -> tuple[list[Sample], list[Sample]]:
     """Load the samples to train on and those to evaluate on."""
     config = request.config
 
     def read(spec: str) -> list[Sample]:
-        found = load_samples(spec, tokenizer=tokenizer, max_tokens=config.max_tokens, manager=manager, check=stop.check)
+        found = load_samples(
+            spec,
+            tokenizer=tokenizer,
+            max_tokens=config.max_tokens,
+            manager=manager,
+            check=stop.check,
+            progress=lambda done, total: progress("tokenise rows", done, total),
+        )
         if found.stats.cut:
             note(f"{found.stats.cut} of {found.stats.samples} samples were cut at {config.max_tokens} tokens.")
         return found.samples

@@ -55,6 +55,7 @@ class TrainingState:
         self.optimizer = optimizer
         self.scale = scale
         self.progress = Progress()
+        self.on_gpu = any(parameter.is_cuda for parameter in self.parameters.values())
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor of the state by name, on the CPU, in a fixed order."""
@@ -67,7 +68,7 @@ class TrainingState:
             if self.progress.micro_step and parameter.grad is not None:
                 yield f"gradient/{name}", parameter.grad.cpu()
         yield "generator/cpu", torch.get_rng_state()
-        if torch.cuda.is_available():
+        if self.on_gpu:
             yield "generator/cuda", torch.cuda.get_rng_state()
 
     def restore(self, tensors: Mapping[str, Tensor], progress: Progress) -> None:
@@ -91,5 +92,5 @@ class TrainingState:
                 }
             parameter.grad = take(f"gradient/{name}", parameter) if progress.micro_step else None
         torch.set_rng_state(take("generator/cpu", torch.get_rng_state()))
-        if torch.cuda.is_available():
+        if self.on_gpu:
             torch.cuda.set_rng_state(take("generator/cuda", torch.cuda.get_rng_state()))
