@@ -40,6 +40,16 @@ class Model:
     repo: str | None
     revision: str | None
 
+    @classmethod
+    def open(cls, name: str | Path) -> Self:
+        """Open a folder or Hub id; errors as those of `at`, and of finding it."""
+        return cls.at(resolve(str(name)))
+
+    @classmethod
+    def at(cls, found: Resolved) -> Self:
+        """Open what a name was resolved to."""
+        raise NotImplementedError
+
     @property
     def config(self) -> Mapping[str, Any]:
         """What config.json holds."""
@@ -85,13 +95,8 @@ class Checkpoint(Model):
     weights: CheckpointFolder
 
     @classmethod
-    def open(cls, name: str | Path) -> Self:
-        """Open a folder or Hub id; DataError where it is a 4-bit store."""
-        return cls.at(resolve(str(name)))
-
-    @classmethod
     def at(cls, found: Resolved) -> Self:
-        """Open what a name was resolved to."""
+        """Open what a name was resolved to; DataError where it is a 4-bit store."""
         if is_store(found.path):
             raise DataError(f"{found.path} is already a 4-bit store; name the 16-bit checkpoint it was made from.")
         return cls(found.path, CheckpointFolder.open(found.path), found.repo, found.revision)
@@ -108,13 +113,8 @@ class QuantizedCheckpoint(Model):
     weights: Store
 
     @classmethod
-    def open(cls, name: str | Path) -> Self:
-        """Open a folder or Hub id; DataError where it holds no 4-bit weights."""
-        return cls.at(resolve(str(name)))
-
-    @classmethod
     def at(cls, found: Resolved) -> Self:
-        """Open what a name was resolved to."""
+        """Open what a name was resolved to; DataError where it holds no 4-bit weights."""
         if not is_store(found.path):
             raise DataError(f"{found.path} is not a 4-bit store; make one: qlora-pipe quantize {found.path} OUT.")
         return cls(found.path, Store.open(found.path), found.repo, found.revision)

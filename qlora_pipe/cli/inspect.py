@@ -1,6 +1,8 @@
 """`qlora-pipe inspect`."""
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import click
 
@@ -16,8 +18,31 @@ def inspect(path: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found, indent=2, sort_keys=True))
         return
-    for key, value in found.items():
-        if key != "tensors":
-            click.echo(f"{key:16} {json.dumps(value) if isinstance(value, dict | list) else value}")
-    for tensor in found.get("tensors", []):
-        click.echo("  " + "  ".join(str(value) for value in tensor.values()))
+    tensors = found.pop("tensors", [])
+    lines = [*_leaves(found)]
+    width = max(len(key) for key, _ in lines)
+    for key, value in lines:
+        click.echo(f"{key:{width}}  {value}")
+    for line in _table(tensors):
+        click.echo(line)
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        elif value is not None:
+            yield f"{prefix}{key}", ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Align rows under the keys of the fullest one."""
+    if not rows:
+        return
+    columns = [*max(rows, key=len)]
+    cells = [[column.replace("_", " ") for column in columns]]
+    cells += [[str(row.get(column, "")) for column in columns] for row in rows]
+    widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
+    yield ""
+    for line in cells:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()

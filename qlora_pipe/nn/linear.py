@@ -11,6 +11,8 @@ from qlora_kernels.linear import lora_linear
 from qlora_kernels.quantized import QuantizedTensor
 from qlora_pipe.errors import DataError
 
+_TENSORS = ("codes", "absmax", "levels", "nested_absmax", "nested_levels", "offset")
+
 
 def quantized_tensor(stored: StoredWeight, *, name: str) -> QuantizedTensor:
     """Join what a store holds of a weight with the arithmetic that reads it.
@@ -19,17 +21,7 @@ def quantized_tensor(stored: StoredWeight, *, name: str) -> QuantizedTensor:
     """
     if recognise(stored.levels) != stored.kind:
         raise DataError(f"{name}: its quant_map is not {stored.kind}'s table of levels; the file is of another format.")
-    return QuantizedTensor(
-        codes=stored.codes,
-        absmax=stored.absmax,
-        levels=stored.levels,
-        nested_absmax=stored.nested_absmax,
-        nested_levels=stored.nested_levels,
-        offset=stored.offset,
-        block_size=stored.block_size,
-        nested_block_size=stored.nested_block_size,
-        shape=stored.shape,
-    )
+    return QuantizedTensor(**{field: getattr(stored, field) for field in QuantizedTensor._fields})
 
 
 class QuantizedLinear(nn.Module):
@@ -44,7 +36,7 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, weight: QuantizedTensor, *, bias: Tensor | None = None) -> None:
         super().__init__()
-        for name in ("codes", "absmax", "levels", "nested_absmax", "nested_levels", "offset"):
+        for name in _TENSORS:
             self.register_buffer(name, getattr(weight, name), persistent=False)
         self.block_size, self.nested_block_size = weight.block_size, weight.nested_block_size
         self.out_features, self.in_features = weight.shape
@@ -54,12 +46,7 @@ class QuantizedLinear(nn.Module):
     def frozen(self) -> QuantizedTensor:
         """The weight as the kernels take it: views of the buffers, wherever the module has been moved."""
         return QuantizedTensor(
-            codes=self.codes,
-            absmax=self.absmax,
-            levels=self.levels,
-            nested_absmax=self.nested_absmax,
-            nested_levels=self.nested_levels,
-            offset=self.offset,
+            **{name: getattr(self, name) for name in _TENSORS},
             block_size=self.block_size,
             nested_block_size=self.nested_block_size,
             shape=(self.out_features, self.in_features),

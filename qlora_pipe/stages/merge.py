@@ -1,6 +1,5 @@
 """Merge: a base and an adapter become one plain checkpoint, a tensor at a time."""
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from qlora_formats.checkpoint import write_checkpoint
 from qlora_formats.commit import commit_folder
 from qlora_formats.manifest import Manifest
 from qlora_formats.store import StoredWeight
-from qlora_formats.target import finished
+from qlora_formats.target import finished, require_space
 from qlora_formats.tensorfile import TensorPlan
 from qlora_kernels.dispatch import dequantize
 from qlora_pipe.artifacts import Adapter, Checkpoint, QuantizedCheckpoint
@@ -24,6 +23,8 @@ from qlora_pipe.nn.linear import quantized_tensor
 from qlora_pipe.plugins import find_architecture
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# Elements whose products are summed at once: bounds what the measurement of a large weight costs in memory.
+_PIECE = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,8 @@ def merge(
     """Write base + scale * B A to `out`: summed in float32, rounded once to the data type asked for.
 
     A 4-bit base is dequantised first: what was trained is what ships. Raises DataError where the adapter does not fit,
-    or where rounding would lose more of it than `min_retention` allows; ExistsError where `out` holds something else.
+    where a value is too large for the data type, or where rounding would lose more of the adapter than `min_retention`
+    allows; ExistsError (as CommitError) where `out` holds something else.
     """
     architecture = find_architecture(manager, base.config.get("model_type"))
     ties = architecture.ties(base.config)
@@ -69,34 +71,35 @@ def merge(
         note("the adapter was trained on another base than the one it is merged into: the result is another model.")
     names = [name for name in base.weights.names if name not in ties]
     _check_fit(adapter, base, names)
-    dtype = _DTYPES[config.dtype]
-    pairs, retention = adapter.folder.pairs, dict[str, float | None]()
+    pairs, retention, seen = adapter.folder.pairs, dict[str, float | None](), set[str]()
 
     def produce(name: str) -> Tensor:
         dense = _dense(base, name)
         path = name.removesuffix(".weight")
         pair = pairs.get(path) if name.endswith(".weight") else None
         if pair is None:
-            return dense.to(dtype)
+            return _rounded(dense, config.dtype, name=name)
         delta = adapter.folder.config.scale(path) * (pair[1].float() @ pair[0].float())
-        merged = (dense + delta).to(dtype)
+        merged = _rounded(dense + delta, config.dtype, name=name)
         retention[path] = _retention(merged, dense, delta)
         share = retention[path]
         if share is not None and share < config.min_retention:
             raise DataError(
                 f"{path}: rounding to {config.dtype} would keep {share:.1%} of the adapter, less than"
-                f" {config.min_retention:.0%}. Merge with --dtype float32, or go on with --min-retention 0."
+                f" {config.min_retention:.0%}. Merge with a wider --dtype, or go on with --min-retention 0."
             )
         return merged
 
     def produce_counted(name: str) -> Tensor:
         result = produce(name)
-        progress("merge", len(seen.setdefault(name, None) or seen), len(names))
+        seen.add(name)
+        progress("merge", len(seen), len(names))
         return result
 
-    seen: dict[str, None] = {}
-    plans = [TensorPlan(name, dtype, base.shape(name)) for name in names]
+    plans = [TensorPlan(name, _DTYPES[config.dtype], base.shape(name)) for name in names]
     with commit_folder(out, kind="checkpoint", inputs=inputs) as work:
+        written = sum(record.bytes for record in work.done.values())
+        require_space(out, needed=sum(plan.n_bytes for plan in plans) - written)
         write_checkpoint(
             work, config=_plain_config(base, config.dtype), tensors=plans, produce=produce_counted,
             shard_mib=config.shard_mib,
@@ -107,7 +110,7 @@ def merge(
                 produce_counted(name)
         for file in base.weights.carried_files():
             work.copy(file, file.name)
-        manifest = work.finish({"retention": {path: _rounded(share) for path, share in retention.items()}})
+        manifest = work.finish({"retention": {path: _six_digits(share) for path, share in retention.items()}})
     return _result(out, manifest, already_done=False)
 
 
@@ -134,16 +137,26 @@ def _dense(base: Checkpoint | QuantizedCheckpoint, name: str) -> Tensor:
     return stored.float()
 
 
+def _rounded(exact: Tensor, dtype: str, *, name: str) -> Tensor:
+    """Round a weight once; DataError naming it where the result is not finite."""
+    result = exact.to(_DTYPES[dtype])
+    if not bool(torch.isfinite(result).all()):
+        fault = f"would hold values that {dtype} does not" if bool(torch.isfinite(exact).all()) else "is not finite"
+        raise DataError(f"{name} {fault}; merge with a wider --dtype, or look into the base and the adapter.")
+    return result
+
+
 def _retention(merged: Tensor, base: Tensor, delta: Tensor) -> float | None:
-    exact = delta.double()
-    size = float((exact * exact).sum())
-    if size == 0.0:
-        return None
-    return float(((merged.double() - base.double()) * exact).sum()) / size
+    kept = size = 0.0
+    for m, b, d in zip(*(torch.split(part.flatten(), _PIECE) for part in (merged, base, delta)), strict=True):
+        exact = d.double()
+        kept += float(((m.double() - b.double()) * exact).sum())
+        size += float((exact * exact).sum())
+    return kept / size if size else None
 
 
-def _rounded(share: float | None) -> float | None:
-    return share if share is None or not math.isfinite(share) else float(f"{share:.6g}")
+def _six_digits(share: float | None) -> float | None:
+    return None if share is None else float(f"{share:.6g}")
 
 
 def _plain_config(base: Checkpoint | QuantizedCheckpoint, dtype: str) -> dict[str, Any]:

@@ -132,19 +132,7 @@ def _quantized(weight: Tensor, config: QuantizeConfig, *, name: str) -> tuple[St
         q = quantize_tensor(weight, kind=config.type, block_size=config.block_size, double_quant=config.double_quant)
     except ValueError as fault:
         raise DataError(f"{name}: {fault}.") from fault
-    stored = StoredWeight(
-        codes=q.codes,
-        absmax=q.absmax,
-        levels=q.levels,
-        nested_absmax=q.nested_absmax,
-        nested_levels=q.nested_levels,
-        offset=q.offset,
-        block_size=q.block_size,
-        nested_block_size=q.nested_block_size,
-        shape=q.shape,
-        kind=config.type,
-        dtype=weight.dtype,
-    )
+    stored = StoredWeight(**q._asdict(), kind=config.type, dtype=weight.dtype)
     return stored, relative_error(weight, dequantize_reference(q, torch.float32))
 
 
