@@ -25,8 +25,8 @@ def finetune(base: str, data: str | None, out: Path | None, **settings: Any) -> 
     """
     from qlora_pipe.cli.console import Console
     from qlora_pipe.plugins import load_plugins
-    from qlora_pipe.stages.finetune import FinetuneRequest
     from qlora_pipe.stages.finetune import finetune as stage
+    from qlora_pipe.train.request import FinetuneRequest
 
     base, data, out, config = resolve_request(base, data, out, settings)
     request = FinetuneRequest(base=base, data=data, out=out, config=config)

@@ -11,9 +11,10 @@ from qlora_pipe.config import ExportConfig, FinetuneConfig, MergeConfig, Quantiz
 from qlora_pipe.errors import ConfigError, UsageProblem
 from qlora_pipe.settings import checked, did_you_mean, read_yaml, take
 from qlora_pipe.stages.export import export
-from qlora_pipe.stages.finetune import FinetuneRequest, finetune
+from qlora_pipe.stages.finetune import finetune
 from qlora_pipe.stages.merge import merge
 from qlora_pipe.stages.quantize import quantize
+from qlora_pipe.train.request import FinetuneRequest
 
 STAGES = ("quantize", "finetune", "merge", "export")
 Count = Callable[[str, int, int], None]

@@ -18,7 +18,8 @@ from qlora_pipe.config import FinetuneConfig
 from qlora_pipe.errors import Interrupted
 from qlora_pipe.hookspecs import hookimpl
 from qlora_pipe.plugins import load_plugins
-from qlora_pipe.stages.finetune import FinetuneRequest, finetune
+from qlora_pipe.stages.finetune import finetune
+from qlora_pipe.train.request import FinetuneRequest
 from qlora_pipe.train.signals import StopFlag, StopRequested
 from qlora_pipe.train.state import Progress, TrainingState
 from tests.pipe.runs import SETTINGS, finetune_line, outcome, small_checkpoint, write_rows

@@ -1,0 +1,126 @@
+"""One process' share of a run: put the adapter on, go on from where the run is, train, and log what is done."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pluggy
+import torch
+
+from qlora_formats.adapter_config import AdapterConfig
+from qlora_formats.commit import AppendFile
+from qlora_formats.manifest import difference
+from qlora_pipe.artifacts import Adapter, Run
+from qlora_pipe.config import FinetuneConfig
+from qlora_pipe.data.encode import Sample
+from qlora_pipe.errors import ConfigError
+from qlora_pipe.nn.adapt import adaptable, adapters_of, add_adapters, attach_adapter
+from qlora_pipe.nn.loaded import LoadedModel
+from qlora_pipe.train.checkpoint import restore_newest, save
+from qlora_pipe.train.environment import fingerprint
+from qlora_pipe.train.loop import Job, train
+from qlora_pipe.train.scaler import LossScale
+from qlora_pipe.train.signals import StopFlag, StopRequested
+from qlora_pipe.train.state import TrainingState
+
+
+def adapt(model: LoadedModel, config: FinetuneConfig, *, start: Adapter | None) -> AdapterConfig:
+    """Put a new adapter, or the one to go on from, on the model; describe it as PEFT does."""
+    if start is not None:
+        attach_adapter(model.module, start.folder.config, start.folder.pairs, dropout=config.dropout)
+        described = dataclasses.replace(start.folder.config, lora_dropout=config.dropout)
+    else:
+        paths = adaptable(model.module, model.architecture)
+        if not paths:
+            raise ConfigError(f"the plugin for {model.architecture.name} names no layer of this model to adapt.")
+        described = AdapterConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=sorted({path.rpartition(".")[2] for path in paths}),
+            task_type=model.architecture.task_type,
+        )
+        add_adapters(model.module, paths, described, dropout=config.dropout)
+    for layer in adapters_of(model.module).values():
+        layer.lora_a.requires_grad_(True)
+        layer.lora_b.requires_grad_(True)
+    return described
+
+
+def new_state(model: LoadedModel, config: FinetuneConfig) -> TrainingState:
+    """Make the state of a run that has not begun: the adapters as they are, an optimizer without moments."""
+    parameters = {
+        f"{path}.{name}": parameter
+        for path, layer in adapters_of(model.module).items()
+        for name, parameter in (("lora_a", layer.lora_a), ("lora_b", layer.lora_b))
+    }
+    optimizer = torch.optim.AdamW(
+        list(parameters.values()),
+        lr=config.learning_rate,
+        betas=(0.9, config.beta2),
+        weight_decay=config.weight_decay,
+        foreach=False,
+        fused=False,
+    )
+    return TrainingState(parameters, optimizer, LossScale.of(model.dtype))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Session:
+    """A run, and what this process works on it with."""
+
+    run: Run
+    inputs: dict[str, Any]
+    model: LoadedModel
+    state: TrainingState
+    config: FinetuneConfig
+    train: Sequence[Sample]
+    held_out: Sequence[Sample]
+    manager: pluggy.PluginManager
+    stop: StopFlag
+    note: Callable[[str], None]
+
+    def work(self) -> None:
+        """Resume if there is something to resume from, and run the loop to its end; save where a signal stops it."""
+        environment = fingerprint(self.model.device)
+        self._resume(environment)
+        progress = self.state.progress
+        with AppendFile.open(self.run.metrics_path) as metrics:
+            if metrics.size < progress.metrics_bytes:
+                self.note(f"{self.run.metrics_path} lacks lines that were there when step {progress.step} was saved.")
+            metrics.truncate(min(metrics.size, progress.metrics_bytes))
+
+            def report(entry: dict[str, Any]) -> None:
+                metrics.append(json.dumps(entry, allow_nan=False).encode() + b"\n")
+                progress.metrics_bytes = metrics.size
+                self.manager.hook.step_finished(report=dict(entry))
+
+            def commit() -> None:
+                metrics.sync()
+                save(self.run.checkpoints_path, self.state, inputs=self.inputs, environment=environment)
+
+            job = Job(
+                model=self.model,
+                state=self.state,
+                config=self.config,
+                train=self.train,
+                held_out=self.held_out,
+                check_stop=self.stop.check,
+                report=report,
+                save=commit,
+            )
+            try:
+                train(job)
+            except StopRequested:
+                commit()
+                raise
+
+    def _resume(self, environment: dict[str, Any]) -> None:
+        resumed = restore_newest(self.run.checkpoints_path, self.state, inputs=self.inputs, note=self.note)
+        if resumed is None:
+            return
+        self.note(f"going on from step {self.state.progress.step}.")
+        changed = difference(resumed.fields["environment"], environment)
+        if changed is not None:
+            self.note(f"this run will not be bit-exact: its checkpoint was made in another environment ({changed}).")
