@@ -17,7 +17,7 @@ _WIDTH = 100
 
 def cli_page() -> str:
     """The command line as Markdown: what `--help` says of each command."""
-    root = click.Context(qlora_pipe, info_name="qlora-pipe", terminal_width=_WIDTH)
+    root = click.Context(qlora_pipe, info_name="qlora-pipe", terminal_width=_WIDTH, **qlora_pipe.context_settings)
     parts = [
         "# Command line\n\nMade from the commands themselves by `make docs`; a test keeps it current.\n",
         _help(root),

@@ -9,6 +9,7 @@ from qlora_formats.store import is_store
 from qlora_pipe.artifacts import Adapter, Checkpoint, QuantizedCheckpoint, Run
 from qlora_pipe.hub import resolve
 from qlora_pipe.settings import read_yaml
+from qlora_pipe.train.checkpoint import checkpoints
 
 
 def inspect(name: str) -> dict[str, Any]:
@@ -71,13 +72,14 @@ def _adapter(found: Adapter) -> dict[str, Any]:
 
 
 def _run(found: Run) -> dict[str, Any]:
-    lines = found.metrics_path.read_text().splitlines() if found.metrics_path.is_file() else []
-    last: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+    # A line that a kill cut off is no step; the run itself will write it again.
+    text = found.metrics_path.read_bytes().rpartition(b"\n")[0] if found.metrics_path.is_file() else b""
+    last: dict[str, Any] = json.loads(text.rpartition(b"\n")[2]) if text else {}
     return {
         "kind": "run",
         "finished": found.final_path.is_dir(),
         "settings": read_yaml(found.config_path),
-        "checkpoints": sorted(path.name for path in found.checkpoints_path.glob("step-*")),
+        "checkpoints": [path.name for path in reversed(checkpoints(found.checkpoints_path))],
         "steps": last.get("step", 0),
         "last": last,
     }

@@ -104,7 +104,7 @@ def test_an_unknown_command_is_a_usage_error(capsys: pytest.CaptureFixture[str])
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
 )
-def test_bad_input_gets_one_sentence_and_its_code(
+def test_bad_input_gets_one_sentence_and_its_code(  # noqa: PLR0917
     arguments: list[str],
     code: int,
     sentence: str,
