@@ -63,8 +63,9 @@ def resolve(name: str, *, allow_pickle: bool = False) -> Resolved:
     if at and not revision:
         raise MissingInputError(f"{name!r} names no revision after the @: give a branch, a tag or a commit.")
     endpoint = _endpoint()
-    _announce(f"fetching what the cache lacks of {name} from {_shown(endpoint)}")
     try:
+        huggingface_hub.utils.validate_repo_id(repo)  # type: ignore[attr-defined]
+        _announce(f"fetching what the cache lacks of {name} from {_shown(endpoint)}")
         snapshot = huggingface_hub.snapshot_download(
             repo,
             revision=revision or None,

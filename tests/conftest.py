@@ -8,6 +8,14 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what tests have counted (`record_property("counted", ...)`), whichever process they ran in."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == "counted":
+                terminalreporter.write_line(f"counted: {value}")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real models and data; tests that need it are skipped where it is absent."""

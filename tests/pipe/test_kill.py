@@ -31,10 +31,18 @@ def stages(nursery: Nursery, inputs: Path) -> Mapping[str, Work]:
 
 @pytest.mark.parametrize("stage", ["finetune", "quantize", "merge"])
 def test_ten_runs_killed_at_random_moments_and_rerun_end_byte_identical(
-    nursery: Nursery, stages: Mapping[str, Work], tmp_path: Path, stage: str
+    nursery: Nursery,
+    stages: Mapping[str, Work],
+    tmp_path: Path,
+    stage: str,
+    record_property: Callable[[str, str], None],
 ) -> None:
     tally = kill_at_random(nursery, stages[stage], tmp_path, runs=10, seed=0)
-    print(f"{stage}: {tally}")
+    record_property(
+        "counted",
+        f"{stage}: {tally.identical} of {tally.runs} killed runs byte-identical, {tally.kills} kills,"
+        f" {tally.kills_between_first_and_last_commit} of them between the first and the last commit",
+    )
     assert tally.identical == tally.runs == 10
     # Otherwise nothing was there that could be lost.
     assert tally.kills_between_first_and_last_commit > 0
