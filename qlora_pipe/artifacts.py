@@ -15,6 +15,7 @@ from qlora_formats.adapter import AdapterFolder
 from qlora_formats.checkpoint import CheckpointFolder
 from qlora_formats.manifest import Manifest
 from qlora_formats.store import Store, is_store
+from qlora_formats.strict_json import read_object
 from qlora_pipe.errors import DataError, MissingInputError
 from qlora_pipe.hub import Resolved, resolve
 
@@ -77,6 +78,13 @@ class Model:
     def tokenizer_files(self) -> list[Path]:
         """The files from which tokenizers are made, in a fixed order."""
         return [path for path in self.weights.carried_files() if path.name.startswith(_TOKENIZER)]
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the folder says how it wants conversations to be written."""
+        config = self.path / "tokenizer_config.json"
+        inside = config.is_file() and "chat_template" in read_object(config)
+        return inside or any(self.path.glob("chat_template.*"))
 
     @property
     def hub_name(self) -> str | None:

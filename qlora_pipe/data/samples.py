@@ -30,6 +30,8 @@ class SampleStats:
     """Counts of what was loaded."""
 
     rows: int
+    chats: int
+    """Rows that are conversations, whose turns were given markers."""
     samples: int
     cut: int
     """Samples that were longer than allowed."""
@@ -101,18 +103,20 @@ def load_samples(
     source = find_source(spec, manager=manager)
     fingerprint = fingerprint_source(source, tokenizer=tokenizer, max_tokens=max_tokens)
     samples: list[Sample] = []
-    rows = 0
+    rows = chats = 0
     for example in source.dataset.read(source.path):
         if check is not None:
             check()
         samples.extend(encode(example, tokenizer, max_tokens=max_tokens))
         rows += 1
+        chats += example.template == "chat"
         if progress is not None:
             progress(rows, None)
     if not samples:
         raise DataError(f"{source.path} holds no rows")
     stats = SampleStats(
         rows=rows,
+        chats=chats,
         samples=len(samples),
         cut=sum(sample.cut for sample in samples),
         tokens=sum(len(sample.ids) for sample in samples),

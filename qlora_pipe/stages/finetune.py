@@ -54,7 +54,9 @@ def finetune(
             note(f"{run.path} is already done: same base, data and settings.")
             return run
         refuse_another(run, request)
-        held_in, held_out = _samples(request, manager, tokenizer=tokenizer, stop=stop, note=note, progress=progress)
+        held_in, held_out = _samples(
+            request, manager, base=base, tokenizer=tokenizer, stop=stop, note=note, progress=progress
+        )
         # From here on every draw comes from this seed: the adapter's first values, then the dropout.
         torch.manual_seed(config.seed)
         model = load(base, architecture, dtype=dtype, device=device)
@@ -85,6 +87,7 @@ def _samples(
     request: FinetuneRequest,
     manager: pluggy.PluginManager,
     *,
+    base: Checkpoint | QuantizedCheckpoint,
     tokenizer: Tokenizer,
     stop: StopFlag,
     note: Callable[[str], None],
@@ -104,6 +107,11 @@ def _samples(
         )
         if found.stats.cut:
             note(f"{found.stats.cut} of {found.stats.samples} samples were cut at {config.max_tokens} tokens.")
+        if found.stats.chats and base.has_chat_template:
+            note(
+                "this model has a chat template, which is not used yet: turns are marked `### Human:` and"
+                " `### Assistant:`, and prompts must be written so."
+            )
         return found.samples
 
     if config.eval_data:

@@ -13,7 +13,7 @@ from qlora_formats.tensorfile import TensorFile
 from qlora_pipe.artifacts import Adapter
 from qlora_pipe.cli import execute
 from qlora_pipe.data.tokenizer import Tokenizer
-from qlora_pipe.testing import filled, tiny_weights
+from qlora_pipe.testing import filled, tiny_checkpoint, tiny_weights
 from qlora_plugins.llama import register_architectures
 from tests.pipe.runs import SETTINGS, contents, finetune_line, metrics, outcome, small_checkpoint, write_rows
 
@@ -394,3 +394,15 @@ def test_the_defaults_are_written_with_what_was_given(store: Path, rows: Path, t
     assert resolved["data"] == f"jsonl:{rows}"
     assert resolved["beta2"] == 0.999
     assert resolved["max_grad_norm"] == 0.3
+
+
+def test_a_chat_template_that_is_not_used_is_said_to_be_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = tiny_checkpoint(tmp_path / "base")
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
+    (tmp_path / "chats.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 4)
+    line = ["finetune", str(base), "--data", f"jsonl:{tmp_path / 'chats.jsonl'}", "--steps", "1", "--rank", "2"]
+    assert execute([*line, "--out", str(tmp_path / "one")]) == 0
+    assert "chat template" not in capsys.readouterr().err
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    assert execute([*line, "--out", str(tmp_path / "two")]) == 0
+    assert "this model has a chat template, which is not used yet" in capsys.readouterr().err
