@@ -17,9 +17,9 @@ def demo(out: Path, seed: int) -> None:
     answers before and after.
     """
     from qlora_pipe.cli.console import Console
-    from qlora_pipe.demo.chain import run_demo
+    from qlora_pipe.demo.chain import STEPS, run_demo
     from qlora_pipe.plugins import load_plugins
 
-    with Console() as console:
-        for line in run_demo(out, seed=seed, manager=load_plugins(), note=console.note):
+    with Console(steps=STEPS) as console:
+        for line in run_demo(out, seed=seed, manager=load_plugins(console), note=console.note):
             click.echo(line)

@@ -27,6 +27,7 @@ from qlora_pipe.stages.quantize import quantize
 from qlora_pipe.train.request import FinetuneRequest
 
 HELD_OUT_ROWS = 64
+STEPS = 160
 _CPU = torch.device("cpu")
 
 
@@ -45,7 +46,7 @@ def skill_rows() -> list[dict[str, str]]:
 def finetune_config(*, seed: int, eval_data: str) -> FinetuneConfig:
     """The recipe that suits a model this small: a higher rate and fewer steps than the paper's."""
     return FinetuneConfig(
-        steps=160, batch_size=16, learning_rate=2e-3, rank=16, alpha=16.0, dropout=0.0, max_grad_norm=1.0,
+        steps=STEPS, batch_size=16, learning_rate=2e-3, rank=16, alpha=16.0, dropout=0.0, max_grad_norm=1.0,
         max_tokens=128, eval_data=eval_data, save_every=100, seed=seed, device="cpu",
     )  # fmt: skip
 
