@@ -20,6 +20,8 @@ from qlora_pipe.errors import DataError, MissingInputError
 from qlora_pipe.hub import Resolved, resolve
 
 _PIECE = 1 << 22
+# The parts of an identity that say what the weights are.
+_CONTENT = ("manifest", "sha256")
 _TOKENIZER = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "spiece", "chat_template")
 
 
@@ -161,11 +163,14 @@ class Adapter:
         weights = self.path / "adapter_model.safetensors"
         return {"sha256": {"adapter_model.safetensors": sha256_of(weights)}}
 
-    @property
-    def trained_on(self) -> Any:
-        """The identity of the base this adapter was trained on, where its manifest says so."""
+    def fits_content_of(self, base: Model) -> bool:
+        """Whether this adapter was trained on the very weights of `base`, or does not say on which.
+
+        The same weights count as the same wherever they were fetched from.
+        """
         manifest = Manifest.read_if_present(self.path)
-        return None if manifest is None else manifest.inputs.get("base")
+        trained_on = {} if manifest is None else manifest.inputs.get("base", {})
+        return all(trained_on[key] == base.identity.get(key) for key in _CONTENT if key in trained_on)
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def merge(
     inputs = {"base": base.identity, "adapter": adapter.identity, "settings": settings}
     if (done := finished(out, kind="checkpoint", inputs=inputs)) is not None:
         return _result(out, done, already_done=True)
-    if adapter.trained_on is not None and adapter.trained_on != base.identity:
+    if not adapter.fits_content_of(base):
         note("the adapter was trained on another base than the one it is merged into: the result is another model.")
     names = [name for name in base.weights.names if name not in ties]
     _check_fit(adapter, base, names)
