@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pluggy
@@ -10,6 +12,7 @@ import torch
 
 from qlora_formats.adapter_config import AdapterConfig
 from qlora_formats.commit import AppendFile
+from qlora_formats.errors import CommitError
 from qlora_formats.manifest import difference
 from qlora_pipe.artifacts import Adapter, Run
 from qlora_pipe.config import FinetuneConfig
@@ -23,6 +26,9 @@ from qlora_pipe.train.loop import Job, train
 from qlora_pipe.train.scaler import LossScale
 from qlora_pipe.train.signals import StopFlag, StopRequested
 from qlora_pipe.train.state import TrainingState
+
+# How long training waits for a full disk before each further try.
+RETRY_SECONDS = (5.0, 30.0, 120.0)
 
 
 def adapt(model: LoadedModel, config: FinetuneConfig, *, start: Adapter | None) -> AdapterConfig:
@@ -91,9 +97,17 @@ class Session:
                 self.note(f"{self.run.metrics_path} lacks lines that were there when step {progress.step} was saved.")
             metrics.truncate(min(metrics.size, progress.metrics_bytes))
 
-            def report(entry: dict[str, Any]) -> None:
-                metrics.append(json.dumps(entry, allow_nan=False).encode() + b"\n")
+            def log(line: bytes) -> None:
+                try:
+                    metrics.append(line)
+                except CommitError:
+                    # A part of the line may have found room.
+                    metrics.truncate(progress.metrics_bytes)
+                    raise
                 progress.metrics_bytes = metrics.size
+
+            def report(entry: dict[str, Any]) -> None:
+                self._patiently(partial(log, json.dumps(entry, allow_nan=False).encode() + b"\n"))
                 self.manager.hook.step_finished(report=dict(entry))
 
             def commit() -> None:
@@ -108,13 +122,30 @@ class Session:
                 held_out=self.held_out,
                 check_stop=self.stop.check,
                 report=report,
-                save=commit,
+                save=partial(self._patiently, commit),
             )
             try:
                 train(job)
             except StopRequested:
                 commit()
                 raise
+
+    def _patiently(self, write: Callable[[], None]) -> None:
+        """Write; where the disk refuses, keep the state in memory, wait and try again, unless a signal has come."""
+        for seconds in RETRY_SECONDS:
+            try:
+                return write()
+            except CommitError as fault:
+                if fault.reason != "disk" or self.stop.received is not None:
+                    raise
+                self.note(f"{fault}. Training waits, nothing is lost; the next try is in {seconds:g} seconds.")
+                self._wait(seconds)
+        return write()
+
+    def _wait(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and self.stop.received is None:
+            time.sleep(min(0.2, seconds))
 
     def _resume(self, environment: dict[str, Any]) -> None:
         resumed = restore_newest(self.run.checkpoints_path, self.state, inputs=self.inputs, note=self.note)

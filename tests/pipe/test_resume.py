@@ -19,6 +19,7 @@ from qlora_pipe.errors import Interrupted
 from qlora_pipe.hookspecs import hookimpl
 from qlora_pipe.plugins import load_plugins
 from qlora_pipe.stages.finetune import finetune
+from qlora_pipe.train import session
 from qlora_pipe.train.request import FinetuneRequest
 from qlora_pipe.train.signals import StopFlag, StopRequested
 from qlora_pipe.train.state import Progress, TrainingState
@@ -261,6 +262,7 @@ def test_a_full_disk_ends_the_run_with_one_sentence_and_loses_nothing(
         return count
 
     monkeypatch.setattr(disk, "_write", write_while_there_is_room)
+    monkeypatch.setattr(session, "RETRY_SECONDS", ())
     settings = {"steps": 4, "save_every": 1}
     assert execute(line_to(tmp_path / "whole", **settings)) == 0
     steps = 23
@@ -280,6 +282,33 @@ def test_a_full_disk_ends_the_run_with_one_sentence_and_loses_nothing(
         assert execute(line_to(out, **settings)) == 0
         assert outcome(out) == outcome(tmp_path / "whole"), room
         written = whole
+
+
+def test_training_waits_for_a_disk_that_is_full_for_a_while(
+    line_to: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    settings = {"steps": 4, "save_every": 1}
+    assert execute(line_to(tmp_path / "whole", **settings)) == 0
+    write, calls, refusals = disk._write, 0, 0
+
+    def write_with_bad_spells(fd: int, data: memoryview) -> int:
+        nonlocal calls, refusals
+        calls += 1
+        if calls in {20, 21, 60, 100, 101, 140}:
+            refusals += 1
+            write(fd, data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(fd, data)
+
+    monkeypatch.setattr(disk, "_write", write_with_bad_spells)
+    monkeypatch.setattr(session, "RETRY_SECONDS", (0.0, 0.0, 0.0))
+    # What is written outside of training is not tried again, so the run may need its command more than once.
+    while execute(line_to(tmp_path / "again", **settings)) != 0:
+        assert calls < 1000
+    assert refusals == 6
+    assert "Training waits, nothing is lost" in capsys.readouterr().err
+    assert outcome(tmp_path / "again") == outcome(tmp_path / "whole")
 
 
 class Sender:
