@@ -52,9 +52,10 @@ def load_plugins(*extra: object) -> pluggy.PluginManager:
             continue
         try:
             module = point.load()
-        except Exception as fault:
+        except (Exception, SystemExit) as fault:
             # A stranger's broken plugin must not take the others with it.
-            print(f"plugin {point.name!r} ({point.value}) was passed over: {fault}", file=sys.stderr)  # noqa: T201
+            said = f"{type(fault).__name__}: {fault}"
+            print(f"note: plugin {point.name!r} ({point.value}) was passed over, {said}", file=sys.stderr)  # noqa: T201
             continue
         manager.register(module, name=point.name)
     for plugin in extra:

@@ -60,6 +60,22 @@ def test_a_misspelt_hook_is_an_error() -> None:
         load_plugins(Misspelt())
 
 
+@pytest.mark.parametrize(
+    "code", ["raise RuntimeError('no driver')", "import sys; sys.exit(3)", "import no_such_module", "def broken(:"]
+)
+def test_a_plugin_that_fails_to_import_is_named_and_passed_over(
+    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "qlora_broken.py").write_text(code)
+    described = tmp_path / "qlora_broken-1.0.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: qlora-broken\nVersion: 1.0\n")
+    (described / "entry_points.txt").write_text("[qlora_pipe]\nbroken = qlora_broken\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert find_architecture(load_plugins(), "llama").name == "llama"
+    assert "note: plugin 'broken' (qlora_broken) was passed over" in capsys.readouterr().err
+
+
 def test_two_plugins_of_one_name_are_refused() -> None:
     class Twin:
         @hookimpl
