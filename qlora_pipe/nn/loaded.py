@@ -30,8 +30,8 @@ class LoadedModel:
 
     def require_ids(self, ids: Iterable[int]) -> None:
         """Raise DataError where an id has no row in the embedding: the tokenizer belongs to another model."""
-        size, largest = self.config["vocab_size"], max(ids, default=0)
-        if largest >= size:
+        size, largest = self.config.get("vocab_size"), max(ids, default=0)
+        if isinstance(size, int) and largest >= size:
             raise DataError(
                 f"the tokenizer gives the id {largest}, and the model's vocabulary ends at {size - 1}:"
                 " tokenizer.json and config.json do not belong together."

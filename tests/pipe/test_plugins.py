@@ -8,14 +8,22 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from qlora_pipe.architecture import Architecture
-from qlora_pipe.config import ExportConfig
+from qlora_pipe.artifacts import Adapter, Checkpoint, QuantizedCheckpoint
+from qlora_pipe.config import ExportConfig, FinetuneConfig, MergeConfig, QuantizeConfig
 from qlora_pipe.dataset import Dataset
 from qlora_pipe.errors import ConfigError, DataError, UsageProblem
 from qlora_pipe.exporter import Exporter
 from qlora_pipe.hookspecs import hookimpl
 from qlora_pipe.plugins import find_architecture, find_dataset, find_exporter, list_plugins, load_plugins
+from qlora_pipe.stages.finetune import finetune
+from qlora_pipe.stages.load import load
+from qlora_pipe.stages.merge import merge
+from qlora_pipe.stages.quantize import quantize
+from qlora_pipe.testing import byte_tokenizer
+from qlora_pipe.train.request import FinetuneRequest
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "plugins.md"
 
@@ -106,6 +114,37 @@ def test_the_documented_architecture_builds_and_runs() -> None:
     assert isinstance(architecture, Architecture)
     module = architecture.build({"hidden_size": 8, "vocab_size": 11, "num_hidden_layers": 2})
     assert module(torch.tensor([[1, 2, 3]])).shape == (1, 3, 11)
+
+
+def test_the_documented_architecture_goes_through_the_whole_chain(tmp_path: Path) -> None:
+    manager, size, layers = load_plugins(example("qlora_toy")), 32, 2
+    source = tmp_path / "source"
+    torch.manual_seed(0)
+    shapes = {"embed.weight": (260, size), "lm_head.weight": (260, size)}
+    shapes |= {f"blocks.{layer}.weight": (size, size) for layer in range(layers)}
+    weights = {name: torch.randn(shape) * 0.1 for name, shape in shapes.items()}
+    source.mkdir()
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    byte_tokenizer().save(str(source / "tokenizer.json"))
+    config = {"model_type": "toy", "hidden_size": size, "vocab_size": 260, "num_hidden_layers": layers}
+    (source / "config.json").write_text(json.dumps(config | {"eos_token_id": 2}))
+    (tmp_path / "text.txt").write_text("to be or not to be that is the question " * 20)
+
+    quantize(Checkpoint.open(source), tmp_path / "store", QuantizeConfig(), manager=manager)
+    settings = FinetuneConfig(steps=30, batch_size=4, rank=4, learning_rate=0.1, max_tokens=32, max_grad_norm=0)
+    request = FinetuneRequest(
+        base=str(tmp_path / "store"), data=f"text:{tmp_path / 'text.txt'}", out=tmp_path / "run", config=settings
+    )
+    run = finetune(request, manager=manager)
+    steps = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
+    assert steps[-1]["eval_loss"] < steps[0]["eval_loss_start"] - 0.2
+    store, adapter = QuantizedCheckpoint.open(tmp_path / "store"), Adapter.open(run.path)
+    merge(store, adapter, tmp_path / "merged", MergeConfig(dtype="float32"), manager=manager)
+    family, ids = find_architecture(manager, "toy"), torch.arange(3, 40)[None]
+    cpu = torch.device("cpu")
+    adapted = load(store, family, dtype=torch.float32, device=cpu, adapter=adapter)
+    merged = load(Checkpoint.open(tmp_path / "merged"), family, dtype=torch.float32, device=cpu)
+    torch.testing.assert_close(adapted.module(ids), merged.module(ids), rtol=0, atol=1e-4)
 
 
 def test_the_documented_exporter_writes_its_archive(tmp_path: Path) -> None:
