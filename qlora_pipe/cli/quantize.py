@@ -16,7 +16,7 @@ from qlora_pipe.config import QuantizeConfig
 def quantize(source: str, out: Path, **settings: Any) -> None:
     """Convert SOURCE, a 16-bit checkpoint (a folder or Hub id), into a 4-bit store in the folder OUT.
 
-    The store is bitsandbytes' serialised layout: transformers, PEFT and vLLM load it too. Run again after an
+    The store is bitsandbytes' serialised layout: transformers and PEFT load it too. Run again after an
     interruption, it goes on where it stopped.
     """
     from qlora_pipe.artifacts import Checkpoint
