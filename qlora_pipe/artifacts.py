@@ -4,34 +4,23 @@
 PEFT adapter, `Run` what `finetune` writes. Each may be named by a folder or a Hub id (`user/name[@revision]`).
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from qlora_formats.adapter import AdapterFolder
+from qlora_formats.adapter import ADAPTER_WEIGHTS, AdapterFolder
 from qlora_formats.checkpoint import CheckpointFolder
-from qlora_formats.manifest import Manifest
+from qlora_formats.manifest import hash_file
 from qlora_formats.store import Store, is_store
 from qlora_formats.strict_json import read_object
 from qlora_pipe.errors import DataError, MissingInputError
 from qlora_pipe.hub import Resolved, resolve
 
-_PIECE = 1 << 22
 # The parts of an identity that say what the weights are.
 _CONTENT = ("manifest", "sha256")
 _TOKENIZER = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "spiece", "chat_template")
-
-
-def sha256_of(path: Path) -> str:
-    """Hash a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while piece := stream.read(_PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -61,12 +50,11 @@ class Model:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Say which model this is without naming a path: Hub id, revision, and the hash of what it holds."""
-        manifest = Manifest.read_if_present(self.path)
-        if manifest is not None:
-            content: dict[str, Any] = {"manifest": manifest.digest}
+        if self.weights.manifest is not None:
+            content: dict[str, Any] = {"manifest": self.weights.manifest.digest}
         else:
             files = [self.path / "config.json", *self.weights.shards]
-            content = {"sha256": {path.name: sha256_of(path) for path in sorted(files, key=lambda p: p.name)}}
+            content = {"sha256": {path.name: hash_file(path).sha256 for path in sorted(files, key=lambda p: p.name)}}
         named = {"repo": self.repo or self.hub_name, "revision": self.revision, "quantization": self.quantization}
         return content | {key: value for key, value in named.items() if value is not None}
 
@@ -93,7 +81,7 @@ class Model:
         """The Hub id of this model, or of the one it was made from, where it is known."""
         if self.repo is not None:
             return self.repo
-        manifest = Manifest.read_if_present(self.path)
+        manifest = self.weights.manifest
         source = manifest.inputs.get("source", {}) if manifest is not None else {}
         return source.get("repo") if isinstance(source, dict) else None
 
@@ -150,25 +138,27 @@ class Adapter:
 
     @classmethod
     def open(cls, name: str | Path) -> Self:
-        """Open a folder or Hub id; a run's folder stands for the adapter it ended with."""
-        found = resolve(str(name))
-        path = found.path
-        if Run.is_run(path):
-            path = Run(path).adapter_path
+        """Open a folder or Hub id; errors as those of `at`, and of finding it."""
+        return cls.at(resolve(str(name)))
+
+    @classmethod
+    def at(cls, found: Resolved) -> Self:
+        """Open what a name was resolved to; a run's folder stands for the adapter it ended with."""
+        path = Run(found.path).adapter_path if Run.is_run(found.path) else found.path
         return cls(path, AdapterFolder.open(path), found.repo)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Say which adapter this is without naming a path."""
-        weights = self.path / "adapter_model.safetensors"
-        return {"sha256": {"adapter_model.safetensors": sha256_of(weights)}}
+        weights = self.path / ADAPTER_WEIGHTS
+        return {"sha256": {weights.name: hash_file(weights).sha256}}
 
     def fits_content_of(self, base: Model) -> bool:
         """Whether this adapter was trained on the very weights of `base`, or does not say on which.
 
         The same weights count as the same wherever they were fetched from.
         """
-        manifest = Manifest.read_if_present(self.path)
+        manifest = self.folder.manifest
         trained_on = {} if manifest is None else manifest.inputs.get("base", {})
         return all(trained_on[key] == base.identity.get(key) for key in _CONTENT if key in trained_on)
 

@@ -6,7 +6,7 @@ A config is a frozen dataclass of `setting(...)` fields. pydantic checks the val
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -44,6 +44,9 @@ class QuantizeConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinetuneConfig:
     """Settings of `finetune`; the defaults are the QLoRA paper's recipe for 7B and 13B (arXiv 2305.14314)."""
+
+    EXCLUSIVE: ClassVar = (("held_out", "eval_data"),)
+    """Settings of which one at most may be given."""
 
     steps: int = setting(1875, "Optimizer steps.", at_least=1)
     batch_size: int = setting(16, "Samples in one forward pass.", at_least=1)

@@ -6,9 +6,9 @@ import math
 import operator
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from qlora_pipe.errors import ConfigError, MissingInputError
+from qlora_pipe.errors import ConfigError, MissingInputError, UsageProblem
 
 C = TypeVar("C")
 _BOUNDS: Mapping[str, tuple[str, Callable[[float, float], bool]]] = {
@@ -20,11 +20,17 @@ _BOUNDS: Mapping[str, tuple[str, Callable[[float, float], bool]]] = {
 
 
 def checked(config: type[C], values: Mapping[str, Any], *, where: str) -> C:
-    """Make a config from values; ConfigError names the setting, what it was given and what it takes."""
+    """Make a config from values.
+
+    ConfigError names the setting, what it was given and what it takes; UsageProblem two that exclude each other.
+    """
     known = {item.name: item for item in dataclasses.fields(config)}  # type: ignore[arg-type]
     for name in values:
         if name not in known:
             raise ConfigError(f"{where}: there is no setting {name!r}{did_you_mean(name, known)}.")
+    for one, other in getattr(config, "EXCLUSIVE", ()):
+        if one in values and other in values:
+            raise UsageProblem(f"{where}: {one} and {other} exclude each other: give one of them.")
     return config(**{name: _checked_value(config, known[name], value, where) for name, value in values.items()})
 
 
@@ -35,8 +41,6 @@ def did_you_mean(word: str, known: Mapping[str, Any]) -> str:
 
 
 def _checked_value(config: type, item: dataclasses.Field[Any], value: Any, where: str) -> Any:
-    from typing import get_type_hints
-
     from pydantic import TypeAdapter, ValidationError
 
     # Numbers in YAML such as 1e-4 arrive as text, and 3.0 as a float; true for a number is a slip.
@@ -55,14 +59,17 @@ def _checked_value(config: type, item: dataclasses.Field[Any], value: Any, where
     return result
 
 
+def given_type(config: type, item: dataclasses.Field[Any]) -> Any:
+    """Give the type of a setting that is given: `str` for one that may be left at None."""
+    hint = get_type_hints(config)[item.name]
+    if type(None) in get_args(hint):
+        return Union[tuple(part for part in get_args(hint) if part is not type(None))]  # noqa: UP007
+    return hint
+
+
 def describe_type(config: type, item: dataclasses.Field[Any]) -> str:
     """Say in words what a setting takes: `a whole number, at least 1`."""
-    from typing import Literal, Union, get_args, get_origin, get_type_hints
-
-    hint = get_type_hints(config)[item.name]
-    optional = type(None) in get_args(hint)
-    if optional:
-        hint = Union[tuple(part for part in get_args(hint) if part is not type(None))]  # noqa: UP007
+    hint = given_type(config, item)
     if get_origin(hint) is Literal:
         words = "one of " + ", ".join(str(choice) for choice in get_args(hint))
     else:
@@ -126,11 +133,9 @@ def to_yaml(values: Mapping[str, Any]) -> str:
     return text
 
 
-def take(values: dict[str, Any], key: str, *, where: str, required: Callable[[], str] | None = None) -> str | None:
-    """Take a text such as a path out of a config file's values; ConfigError where it is no text, or missing."""
+def take(values: dict[str, Any], key: str, *, where: str) -> str | None:
+    """Take a text such as a path out of a config file's values, None if it is absent; ConfigError if it is no text."""
     found = values.pop(key, None)
-    if found is None and required is not None:
-        raise ConfigError(f"{where}: {key!r} is missing: {required()}.")
     if found is not None and not isinstance(found, str):
         raise ConfigError(f"{where}: {key} takes a text, and was given {found!r}.")
     return found

@@ -5,9 +5,9 @@ from typing import Any
 
 import click
 
-from qlora_pipe.cli.options import FOLDER, config_of, given, options_of
+from qlora_pipe.cli.options import FOLDER, config_of, options_of
 from qlora_pipe.config import FinetuneConfig
-from qlora_pipe.errors import UsageProblem
+from qlora_pipe.errors import ConfigError, UsageProblem
 from qlora_pipe.settings import read_yaml, take
 
 
@@ -44,14 +44,14 @@ def resolve_request(
     if base.endswith((".yaml", ".yml")):
         where = base
         file = read_yaml(Path(base))
-        base = take(file, "base", where=where, required=lambda: "name the store or checkpoint to train on") or ""
+        named = take(file, "base", where=where)
+        if named is None:
+            raise ConfigError(f"{where}: 'base' is missing: name the store or checkpoint to train on.")
+        base = named
     in_file = {key: take(file, key, where=where) for key in ("data", "out")}
     data = data or in_file["data"]
     chosen = out or (Path(in_file["out"]) if in_file["out"] else None)
     if data is None or chosen is None:
         missing = "--data NAME:PATH" if data is None else "--out RUN"
         raise UsageProblem(f"finetune needs {missing}, on the command line or in run.yaml.")
-    flags = given(settings)
-    if "held_out" in {**file, **flags} and "eval_data" in {**file, **flags}:
-        raise UsageProblem("--held-out and --eval-data exclude each other: give one of them.")
-    return base, data, chosen, config_of(FinetuneConfig, flags, file=file, where=where)
+    return base, data, chosen, config_of(FinetuneConfig, settings, file=file, where=where)

@@ -3,11 +3,11 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
-from qlora_pipe.settings import checked, describe_type
+from qlora_pipe.settings import checked, describe_type, given_type
 
 C = TypeVar("C")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -27,9 +27,7 @@ def options_of(config: type) -> Callable[[F], F]:
 
 def _option(config: type, item: dataclasses.Field[Any]) -> Callable[[F], F]:
     flag = "--" + item.name.replace("_", "-")
-    hint = get_type_hints(config)[item.name]
-    if type(None) in get_args(hint):
-        hint = Union[tuple(part for part in get_args(hint) if part is not type(None))]  # noqa: UP007
+    hint = given_type(config, item)
     default = "" if item.default is None else f"  [default: {shown_default(item)}]"
     text = item.metadata["help"] + default
     if hint is bool:

@@ -46,8 +46,6 @@ class SampleSet:
 
     samples: list[Sample]
     stats: SampleStats
-    fingerprint: str
-    """Hexadecimal; changes whenever the same command might load other samples."""
 
 
 def find_source(spec: str, *, manager: pluggy.PluginManager) -> DataSource:
@@ -66,7 +64,10 @@ def find_source(spec: str, *, manager: pluggy.PluginManager) -> DataSource:
 
 
 def fingerprint_source(source: DataSource, *, tokenizer: Tokenizer, max_tokens: int) -> str:
-    """Hash all that the samples depend on, without making them: names and bytes of files, tokenizer and settings."""
+    """Hash all that the samples depend on, without making them: names and bytes of files, tokenizer and settings.
+
+    Hexadecimal; changes whenever the same command might load other samples.
+    """
     digest = hashlib.sha256()
     settings = (
         ENCODING_VERSION, source.dataset.name, tokenizer.digest, tokenizer.bos_id, tokenizer.eos_id, max_tokens
@@ -101,7 +102,6 @@ def load_samples(
     the number of rows done and None for the unknown total. DataError names file and line of a row that can't be used.
     """
     source = find_source(spec, manager=manager)
-    fingerprint = fingerprint_source(source, tokenizer=tokenizer, max_tokens=max_tokens)
     samples: list[Sample] = []
     rows = chats = 0
     for example in source.dataset.read(source.path):
@@ -122,7 +122,7 @@ def load_samples(
         tokens=sum(len(sample.ids) for sample in samples),
         trained=sum(int(sample.trained.sum()) for sample in samples),
     )
-    return SampleSet(samples=samples, stats=stats, fingerprint=fingerprint)
+    return SampleSet(samples=samples, stats=stats)
 
 
 def split_held_out(samples: Sequence[Sample], *, share: float, seed: int) -> tuple[list[Sample], list[Sample]]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qlora_pipe.architecture import Architecture
+from qlora_pipe.nn.loaded import tie
 
 IGNORED = -100
 
@@ -35,9 +36,7 @@ class Recipe:
 def new_model(architecture: Architecture, config: Mapping[str, Any]) -> nn.Module:
     """Build a model with weights drawn from torch's generator, as large as keeps activations near one."""
     model = architecture.build(config)
-    for name, source in architecture.ties(config).items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, model.get_parameter(source))
+    tie(model, architecture.ties(config))
     depth = 2 * config["num_hidden_layers"]
     for name, weight in model.named_parameters():
         if weight.dim() == 2:

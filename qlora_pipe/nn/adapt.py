@@ -25,6 +25,18 @@ def add_adapters(model: nn.Module, paths: Sequence[str], config: AdapterConfig, 
         replace_module(model, path, adapted)
 
 
+def check_fit(pairs: Mapping[str, tuple[Tensor, Tensor]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise DataError naming the first pair (A [rank, in], B [out, rank]) that no layer of `shapes` [out, in] takes."""
+    for path, (a, b) in pairs.items():
+        if path not in shapes:
+            raise DataError(f"the adapter does not fit this base: it adapts {path}, and the base has no such layer.")
+        if shapes[path] != (b.shape[0], a.shape[1]):
+            raise DataError(
+                f"the adapter does not fit this base: for {path} it maps {a.shape[1]} to {b.shape[0]} features,"
+                f" and the base's weight has shape {list(shapes[path])}."
+            )
+
+
 def attach_adapter(
     model: nn.Module, config: AdapterConfig, pairs: Mapping[str, tuple[Tensor, Tensor]], *, dropout: float = 0.0
 ) -> None:
@@ -33,15 +45,7 @@ def attach_adapter(
     Raises DataError naming the first layer that the model lacks or that has another shape, before anything is changed.
     """
     linears = linear_modules(model)
-    for path, (a, b) in pairs.items():
-        if path not in linears:
-            raise DataError(f"the adapter does not fit this base: it adapts {path}, and the base has no such layer.")
-        wanted = (linears[path].in_features, linears[path].out_features)
-        if (a.shape[1], b.shape[0]) != wanted:
-            raise DataError(
-                f"the adapter does not fit this base: for {path} it maps {a.shape[1]} to {b.shape[0]} features,"
-                f" and the base's layer maps {wanted[0]} to {wanted[1]}."
-            )
+    check_fit(pairs, {path: (linear.out_features, linear.in_features) for path, linear in linears.items()})
     for path, (a, b) in pairs.items():
         adapted = LoraLinear(linears[path], rank=a.shape[0], scale=config.scale(path), dropout=dropout)
         with torch.no_grad():

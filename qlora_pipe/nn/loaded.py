@@ -12,6 +12,13 @@ from qlora_pipe.errors import DataError
 from qlora_pipe.generate.decoding import CausalModel
 
 
+def tie(module: nn.Module, ties: Mapping[str, str]) -> None:
+    """Let parameters share others' storage, as an Architecture's `ties` names them: {name: source}."""
+    for name, source in ties.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, module.get_parameter(source))
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A model ready to run, and what was read on the way."""

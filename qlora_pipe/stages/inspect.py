@@ -4,6 +4,7 @@ import json
 import math
 from typing import Any
 
+from qlora_formats.adapter import ADAPTER_CONFIG
 from qlora_formats.manifest import Manifest
 from qlora_formats.store import is_store
 from qlora_pipe.artifacts import Adapter, Checkpoint, QuantizedCheckpoint, Run
@@ -17,14 +18,14 @@ def inspect(name: str) -> dict[str, Any]:
 
     Raises MissingInputError or FormatError, as opening it does.
     """
-    path = resolve(name).path
-    if Run.is_run(path):
-        return _run(Run(path))
-    if (path / "adapter_config.json").is_file():
-        return _adapter(Adapter.open(name))
-    if is_store(path):
-        return _store(QuantizedCheckpoint.open(name))
-    return _checkpoint(Checkpoint.open(name))
+    found = resolve(name)
+    if Run.is_run(found.path):
+        return _run(Run(found.path))
+    if (found.path / ADAPTER_CONFIG).is_file():
+        return _adapter(Adapter.at(found))
+    if is_store(found.path):
+        return _store(QuantizedCheckpoint.at(found))
+    return _checkpoint(Checkpoint.at(found))
 
 
 def _checkpoint(found: Checkpoint) -> dict[str, Any]:
@@ -68,7 +69,7 @@ def _adapter(found: Adapter) -> dict[str, Any]:
     tensors = [
         {"name": path, "in": a.shape[1], "out": b.shape[0], "rank": a.shape[0]} for path, (a, b) in pairs.items()
     ]
-    return described | _made(Manifest.read_if_present(found.path)) | {"tensors": tensors}
+    return described | _made(found.folder.manifest) | {"tensors": tensors}
 
 
 def _run(found: Run) -> dict[str, Any]:

@@ -10,10 +10,13 @@ from qlora_pipe.config import Device, DType
 from qlora_pipe.errors import ConfigError, DataError
 from qlora_pipe.nn.adapt import attach_adapter
 from qlora_pipe.nn.linear import QuantizedLinear, quantized_tensor, replace_module
-from qlora_pipe.nn.loaded import LoadedModel
+from qlora_pipe.nn.loaded import LoadedModel, tie
 
 # Tables that older checkpoints carry although they follow from the config.
 _DERIVED = ("*.*.*.*.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
+
+# The types that a setting may name.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def choose_device(device: Device) -> torch.device:
@@ -28,7 +31,7 @@ def choose_device(device: Device) -> torch.device:
 def choose_dtype(dtype: DType, device: torch.device) -> torch.dtype:
     """Turn a setting into the type to compute in: auto is bfloat16 or float16 on a GPU, float32 on a CPU."""
     if dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+        return DTYPES[dtype]
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
@@ -68,7 +71,8 @@ def _fill(
     ties = architecture.ties(base.config)
     wanted = dict(module.state_dict(keep_vars=True))
     names = [name for name in base.weights.names if name not in ties]
-    missing = [name for name in wanted if name not in ties and name not in set(names)]
+    present = {*names, *ties}
+    missing = [name for name in wanted if name not in present]
     unknown = [name for name in names if name not in wanted and not matches(name, _DERIVED)]
     if missing:
         raise DataError(
@@ -88,9 +92,7 @@ def _fill(
                     f" {list(wanted[name].shape)}."
                 )
             _place(module, name, stored, dtype=dtype, device=device)
-    for name, source in ties.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(owner), leaf, module.get_parameter(source))
+    tie(module, ties)
 
 
 def _more(names: list[str]) -> str:

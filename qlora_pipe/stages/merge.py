@@ -19,10 +19,11 @@ from qlora_kernels.dispatch import dequantize
 from qlora_pipe.artifacts import Adapter, Checkpoint, QuantizedCheckpoint
 from qlora_pipe.config import MergeConfig
 from qlora_pipe.errors import DataError
+from qlora_pipe.nn.adapt import check_fit
 from qlora_pipe.nn.linear import quantized_tensor
 from qlora_pipe.plugins import find_architecture
+from qlora_pipe.stages.load import DTYPES
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Elements whose products are summed at once: bounds what the measurement of a large weight costs in memory.
 _PIECE = 1 << 22
 
@@ -70,8 +71,8 @@ def merge(
     if not adapter.fits_content_of(base):
         note("the adapter was trained on another base than the one it is merged into: the result is another model.")
     names = [name for name in base.weights.names if name not in ties]
-    _check_fit(adapter, base, names)
     pairs, retention, seen = adapter.folder.pairs, dict[str, float | None](), set[str]()
+    check_fit(pairs, {name.removesuffix(".weight"): base.shape(name) for name in names if name.endswith(".weight")})
 
     def produce(name: str) -> Tensor:
         dense = _dense(base, name)
@@ -96,7 +97,7 @@ def merge(
         progress("merge", len(seen), len(names))
         return result
 
-    plans = [TensorPlan(name, _DTYPES[config.dtype], base.shape(name)) for name in names]
+    plans = [TensorPlan(name, DTYPES[config.dtype], base.shape(name)) for name in names]
     with commit_folder(out, kind="checkpoint", inputs=inputs) as work:
         written = sum(record.bytes for record in work.done.values())
         require_space(out, needed=sum(plan.n_bytes for plan in plans) - written)
@@ -114,19 +115,6 @@ def merge(
     return _result(out, manifest, already_done=False)
 
 
-def _check_fit(adapter: Adapter, base: Checkpoint | QuantizedCheckpoint, names: list[str]) -> None:
-    known = set(names)
-    for path, (a, b) in adapter.folder.pairs.items():
-        name = f"{path}.weight"
-        if name not in known:
-            raise DataError(f"the adapter does not fit this base: it adapts {path}, and the base has no such layer.")
-        if base.shape(name) != (b.shape[0], a.shape[1]):
-            raise DataError(
-                f"the adapter does not fit this base: for {path} it maps {a.shape[1]} to {b.shape[0]} features,"
-                f" and the base's weight has shape {list(base.shape(name))}."
-            )
-
-
 def _dense(base: Checkpoint | QuantizedCheckpoint, name: str) -> Tensor:
     """One weight in float32."""
     if isinstance(base, Checkpoint):
@@ -139,7 +127,7 @@ def _dense(base: Checkpoint | QuantizedCheckpoint, name: str) -> Tensor:
 
 def _rounded(exact: Tensor, dtype: str, *, name: str) -> Tensor:
     """Round a weight once; DataError naming it where the result is not finite."""
-    result = exact.to(_DTYPES[dtype])
+    result = exact.to(DTYPES[dtype])
     if not bool(torch.isfinite(result).all()):
         fault = f"would hold values that {dtype} does not" if bool(torch.isfinite(exact).all()) else "is not finite"
         raise DataError(f"{name} {fault}; merge with a wider --dtype, or look into the base and the adapter.")

@@ -8,7 +8,7 @@ import pluggy
 
 from qlora_pipe.artifacts import Adapter, Checkpoint, open_model
 from qlora_pipe.config import ExportConfig, FinetuneConfig, MergeConfig, QuantizeConfig
-from qlora_pipe.errors import ConfigError, UsageProblem
+from qlora_pipe.errors import ConfigError
 from qlora_pipe.settings import checked, did_you_mean, read_yaml, take
 from qlora_pipe.stages.export import export
 from qlora_pipe.stages.finetune import finetune
@@ -63,8 +63,6 @@ def _plan(sections: Mapping[str, dict[str, Any]], *, where: str) -> dict[str, Wo
     if (section := sections.get("finetune")) is not None:
         base = needed(section, "finetune", "base", made.get("base"))
         data, out = needed(section, "finetune", "data"), needed(section, "finetune", "out")
-        if "held_out" in section and "eval_data" in section:
-            raise UsageProblem(f"{where}: finetune: held_out and eval_data exclude each other: give one of them.")
         config = checked(FinetuneConfig, section, where=f"{where}: finetune")
         works["finetune"] = _finetune(FinetuneRequest(base=base, data=data, out=Path(out), config=config))
         made |= {"base": base, "adapter": out, "path": out}
