@@ -1,7 +1,7 @@
 """4-bit weights on tensors: quantize, dequantize, and the linear layer with a LoRA adapter."""
 
-from qlora_kernels.blockwise import BLOCK_SIZES, dequantize_reference, quantize
-from qlora_kernels.dispatch import dequantize
+from qlora_kernels.blockwise import BLOCK_SIZES, dequantize_reference
+from qlora_kernels.dispatch import dequantize, quantize, squared_error
 from qlora_kernels.levels import LEVELS, Kind, recognise
 from qlora_kernels.linear import lora_linear
 from qlora_kernels.quantized import QuantizedTensor
@@ -16,4 +16,5 @@ __all__ = [
     "lora_linear",
     "quantize",
     "recognise",
+    "squared_error",
 ]

@@ -5,7 +5,6 @@ why each rule is what it is. For the shape legend see quantized.py.
 """
 
 import math
-import threading
 from functools import cache
 
 import torch
@@ -16,10 +15,15 @@ from qlora_kernels.quantized import QuantizedTensor
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK_SIZE = 256
+# The scale of a block of zeros, so that its reciprocal is finite.
+SMALLEST_SCALE = 1e-38
+# Weights whose squared errors are summed apart from others', in LANES running sums.
+PIECE = 4096
+LANES = 16
+
+NOT_FINITE = "cannot quantize a tensor that holds NaN or infinity"
 
 _SOURCE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# The scale of a block of zeros, so that its reciprocal is finite.
-_SMALLEST_SCALE = 1e-38
 # Steps of the fixed-point position through which the 8-bit codes are looked up.
 _POSITIONS = 65535
 # Cells of the table that codes are looked up in: narrower than the least distance between two cuts, 0.0026 in FP4.
@@ -27,8 +31,6 @@ _CELLS = 2048
 # Weights handled at once: bounds the temporaries to some 30 MiB, whatever the tensor's size. A multiple of every block
 # size, and large enough that starting torch's threads costs little.
 _CHUNK = 1 << 20
-
-_thread_count_lock = threading.Lock()
 
 
 def quantize(weight: Tensor, *, kind: Kind = "nf4", block_size: int = 64, double_quant: bool = True) -> QuantizedTensor:
@@ -38,13 +40,8 @@ def quantize(weight: Tensor, *, kind: Kind = "nf4", block_size: int = 64, double
     arXiv:2305.14314, section 3). Raises ValueError for a weight that is empty, not finite or of another dtype, and for
     a block size not in BLOCK_SIZES.
     """
-    if weight.dtype not in _SOURCE_DTYPES:
-        raise ValueError(f"cannot quantize a tensor of {weight.dtype}: it must be float32, float16 or bfloat16")
-    if block_size not in BLOCK_SIZES:
-        raise ValueError(f"cannot quantize in blocks of {block_size}: choose one of {', '.join(map(str, BLOCK_SIZES))}")
+    check_source(weight, block_size)
     n = weight.numel()
-    if n == 0:
-        raise ValueError("cannot quantize a tensor without elements")
     flat_N = weight.detach().reshape(-1)
     codes_B = torch.empty((n + 1) // 2, dtype=torch.uint8, device=weight.device)
     absmax_S = torch.empty(math.ceil(n / block_size), dtype=torch.float32, device=weight.device)
@@ -54,7 +51,7 @@ def quantize(weight: Tensor, *, kind: Kind = "nf4", block_size: int = 64, double
         chunk = flat_N[start : start + _CHUNK].float()
         absmax = _block_maxima(chunk, block_size)
         if not absmax.isfinite().all():
-            raise ValueError("cannot quantize a tensor that holds NaN or infinity")
+            raise ValueError(NOT_FINITE)
         scaled = _scaled(chunk, absmax, block_size)
         cell = _cell(scaled)
         side = scaled > cut_of_cell.index_select(0, cell)
@@ -67,9 +64,7 @@ def quantize(weight: Tensor, *, kind: Kind = "nf4", block_size: int = 64, double
     shape = tuple(weight.shape)
     if not double_quant:
         return QuantizedTensor(codes_B, absmax_S, levels, None, None, None, block_size, NESTED_BLOCK_SIZE, shape)
-    offset = _mean_under_one_thread(absmax_S)
-    if not offset.isfinite():
-        raise ValueError("cannot apply double quantization: the mean of the block maxima exceeds float32's range")
+    offset = offset_of(absmax_S)
     nested_codes_S, nested_absmax_G, nested_levels = _quantize_to_8_bits(absmax_S - offset)
     return QuantizedTensor(
         codes_B, nested_codes_S, levels, nested_absmax_G, nested_levels, offset, block_size, NESTED_BLOCK_SIZE, shape
@@ -107,19 +102,55 @@ def dequantize_absmax(q: QuantizedTensor) -> Tensor:
     return q.nested_levels[q.absmax.int()].mul_(nested_S).add_(q.offset)
 
 
+def squared_error_reference(weight: Tensor, q: QuantizedTensor) -> tuple[float, float]:
+    """The sums of (w - w')^2 and of w^2 over all weights w, with w' their dequantized float32 values.
+
+    Summed in float64 and in one order everywhere: LANES running sums through each PIECE of the weights, these added by
+    halves, then the pieces without any rounding in between.
+    """
+    exact_N = weight.detach().reshape(-1)
+    approximate_N = dequantize_reference(q, torch.float32).view(-1)
+    errors: list[float] = []
+    sizes: list[float] = []
+    for exact, approximate in zip(torch.split(exact_N, _CHUNK), torch.split(approximate_N, _CHUNK), strict=True):
+        errors += _sums_of_squares(exact.double() - approximate.double())
+        sizes += _sums_of_squares(exact.double())
+    return math.fsum(errors), math.fsum(sizes)
+
+
+def check_source(weight: Tensor, block_size: int) -> None:
+    """Raise ValueError for what the format cannot hold."""
+    if weight.dtype not in _SOURCE_DTYPES:
+        raise ValueError(f"cannot quantize a tensor of {weight.dtype}: it must be float32, float16 or bfloat16")
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"cannot quantize in blocks of {block_size}: choose one of {', '.join(map(str, BLOCK_SIZES))}")
+    if weight.numel() == 0:
+        raise ValueError("cannot quantize a tensor without elements")
+
+
+def offset_of(absmax_S: Tensor) -> Tensor:
+    """The mean of the scales, float32 [], as torch sums it on a CPU with one thread."""
+    # With more threads torch adds up parts of a sum, as many as there are threads, and the last bit differs. It never
+    # divides one of several rows: so the mean of two equal ones does not depend on the number of threads.
+    mean = absmax_S.cpu().expand(2, -1).mean(dim=1)[0]
+    if not mean.isfinite():
+        raise ValueError("cannot apply double quantization: the mean of the block maxima exceeds float32's range")
+    return mean.to(absmax_S.device)
+
+
 def _block_maxima(chunk: Tensor, block_size: int) -> Tensor:
-    """The largest magnitude of each block [S]; that of a partial last block is at least _SMALLEST_SCALE."""
+    """The largest magnitude of each block [S]; that of a partial last block is at least SMALLEST_SCALE."""
     full = chunk.numel() - chunk.numel() % block_size
     maxima = chunk[:full].view(-1, block_size).abs().amax(dim=-1)
     if full == chunk.numel():
         return maxima
-    return torch.cat((maxima, chunk[full:].abs().amax(dim=0, keepdim=True).clamp(min=_SMALLEST_SCALE)))
+    return torch.cat((maxima, chunk[full:].abs().amax(dim=0, keepdim=True).clamp(min=SMALLEST_SCALE)))
 
 
 def _scaled(chunk: Tensor, absmax: Tensor, block_size: int) -> Tensor:
     """The chunk in units of its blocks' maxima: full blocks times a reciprocal, a partial last one by division."""
     full = chunk.numel() - chunk.numel() % block_size
-    reciprocal = 1.0 / absmax[: full // block_size].clamp(min=_SMALLEST_SCALE)
+    reciprocal = 1.0 / absmax[: full // block_size].clamp(min=SMALLEST_SCALE)
     scaled = torch.empty_like(chunk)
     torch.mul(chunk[:full].view(-1, block_size), reciprocal[:, None], out=scaled[:full].view(-1, block_size))
     if full < chunk.numel():
@@ -177,26 +208,25 @@ def _quantize_to_8_bits(values_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     absmax_G = padded.abs().amax(dim=-1)
     scaled = (padded * (1.0 / absmax_G)[:, None]).clamp(-1.0, 1.0).nan_to_num(nan=-1.0)
     nearest = ((scaled + 1.0) * 0.5 * _POSITIONS + 0.5).int()
-    codes = _code_of_position().to(values_S.device)[nearest]
+    codes = code_of_position().to(values_S.device)[nearest]
     return codes.view(-1)[:size].contiguous(), absmax_G, dynamic_map(device=values_S.device)
 
 
 @cache
-def _code_of_position() -> Tensor:
+def code_of_position() -> Tensor:
     """The dynamic map's code at each of the positions -1 to 1, uint8 [_POSITIONS + 1]."""
     levels = dynamic_map()
     position = torch.arange(_POSITIONS + 1, dtype=torch.float32) * 2.0 / _POSITIONS - 1.0
     return torch.bucketize(position, (levels[:-1] + levels[1:]) / 2).to(torch.uint8)
 
 
-def _mean_under_one_thread(values: Tensor) -> Tensor:
-    """The float32 mean as torch sums it on a CPU with one thread: with more, the last bit would depend on how many."""
-    on_cpu = values.cpu()
-    with _thread_count_lock:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            mean = on_cpu.mean()
-        finally:
-            torch.set_num_threads(threads)
-    return mean.to(values.device)
+def _sums_of_squares(values: Tensor) -> list[float]:
+    """Of each PIECE of values, float64."""
+    squares = torch.nn.functional.pad(values.square(), (0, -values.numel() % PIECE))
+    rows = squares.view(-1, PIECE // LANES, LANES).transpose(0, 1).contiguous()
+    lanes = torch.zeros_like(rows[0])
+    for row in rows:
+        lanes += row
+    while lanes.shape[1] > 1:
+        lanes = torch.add(*lanes.chunk(2, dim=1))
+    return lanes.view(-1).tolist()
