@@ -110,9 +110,11 @@ class PartialFolder:
         self._note(name, record)
         self._journal.files[name] = record
 
-    def finish(self, fields: Mapping[str, Any] | None = None) -> Manifest:
+    def finish(self, fields: Mapping[str, Any] | None = None, *, inputs: Mapping[str, Any] | None = None) -> Manifest:
         """Write the manifest, with `fields` beside its own keys, and give the folder its final name.
 
+        `inputs` takes the place of what the folder was begun with, where that could be said in full only now. If this
+        process is then stopped before the folder has its name, `journal.survey` tells which of the two to go on with.
         CommitError "conflict" if the target has appeared meanwhile, or if the folder holds files nobody noted.
         """
         for path in temporaries(self.path):
@@ -124,8 +126,13 @@ class PartialFolder:
                 " move it away and rerun the command",
                 reason="conflict",
             )
-        kind, inputs, files = self._journal
-        manifest = Manifest.build(kind=kind, inputs=inputs, files=files, fields=normal(fields or {}))
+        kind, begun_with, files = self._journal
+        manifest = Manifest.build(
+            kind=kind,
+            inputs=begun_with if inputs is None else normal(inputs),
+            files=files,
+            fields=normal(fields or {}),
+        )
         _replace(self.path / MANIFEST, manifest.to_bytes())
         disk.remove(self.path / JOURNAL)
         disk.fsync_path(self.path)

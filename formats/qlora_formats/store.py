@@ -1,14 +1,16 @@
 """The 4-bit store: bitsandbytes' serialised layout, read from any folder that has it, written in our own byte order."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
+from qlora_formats.ahead import in_order
 from qlora_formats.checkpoint import CONFIG, CheckpointFolder, require_folder, shard_names, write_index
 from qlora_formats.commit import PartialFolder
 from qlora_formats.errors import FormatError
@@ -22,11 +24,9 @@ from qlora_formats.quant_state import (
     weight_of_state,
 )
 from qlora_formats.strict_json import pretty, read_object
-from qlora_formats.tensorfile import TensorPlan, header_bytes, tensor_bytes
+from qlora_formats.tensorfile import ByteSink, TensorPlan, header_bytes, tensor_bytes
 
 _MIB = 2**20
-
-_Value = TypeVar("_Value")
 
 
 class StoredWeight(NamedTuple):
@@ -149,6 +149,14 @@ def is_store(path: Path) -> bool:
     return config.is_file() and _is_four_bit(read_object(config))
 
 
+class _Made(NamedTuple):
+    """One weight, ready to be written, and what is to be remembered of it."""
+
+    name: str
+    value: StoredWeight | Tensor
+    known: dict[str, Any]
+
+
 def write_store(
     folder: PartialFolder,
     *,
@@ -156,23 +164,37 @@ def write_store(
     plan: StorePlan,
     produce: Callable[[str], StoredWeight | Tensor],
     facts: Callable[[str], Mapping[str, Any]] = lambda _: {},
+    written: Callable[[str], None] = lambda _: None,
     shard_mib: int = 4096,
+    ahead_bytes: int = 0,
+    threads: int = 1,
 ) -> dict[str, dict[str, Any]]:
     """Write config.json, with the quantization_config that transformers writes, and the weights, shard by shard.
 
-    `produce` is asked for each weight once, when its turn comes; packed codes are written and let go at once, so that
-    memory holds a weight or two and never the model. `facts(name)` is asked right after: what it says, such as the
-    weight's error, is kept with a digest of the weight's bytes in the journal and the manifest, beside the shard.
-    Shards in `folder.done` are left as they are. Returns the facts of all weights by name. The caller copies what else
-    belongs to a model (`carried_files`) and finishes the folder.
+    `produce` is asked for each weight once, in the order of the file, from `threads` threads: ahead of the writing by
+    as many weights as have `ahead_bytes` in the source, or else by none. Packed codes are let go as soon as they are
+    written, so memory holds a few weights and never the model. `facts(name)` is asked right after, by the same thread:
+    what it says, such as the weight's error, is kept with a digest of the weight's bytes in the journal and the
+    manifest, beside the shard. `written(name)` is called when a weight's bytes, but for its scales, are written. Shards
+    in `folder.done` are left as they are. Returns the facts of all weights by name. The caller copies what else belongs
+    to a model (`carried_files`) and finishes the folder.
     """
     shards = place(plan, shard_bytes=shard_mib * _MIB)
     names = shard_names(len(shards))
-    for name, pieces in zip(names, shards, strict=True):
-        if name not in folder.done:
-            _write_shard(folder, name, pieces, produce, facts)
-    layouts = {name: [piece.plan for piece in pieces] for name, pieces in zip(names, shards, strict=True)}
-    write_index(folder, layouts)
+    layouts = dict(zip(names, shards, strict=True))
+    missing = {name: pieces for name, pieces in layouts.items() if name not in folder.done}
+    order = [piece.weight for pieces in missing.values() for piece in pieces if piece.part in ("tensor", "codes")]
+    source_bytes = {weight.name: prod(weight.shape) * weight.dtype.itemsize for weight in plan.weights}
+
+    def make(name: str) -> _Made:
+        value = produce(name)
+        return _Made(name, value, {"sha256": _digest(value), **facts(name)})
+
+    coming = in_order(order, make, cost=source_bytes.__getitem__, budget=ahead_bytes, threads=threads)
+    with closing(coming):
+        for name, pieces in missing.items():
+            _write_shard(folder, name, pieces, coming, written)
+    write_index(folder, {name: [piece.plan for piece in pieces] for name, pieces in layouts.items()})
     folder.write(CONFIG, pretty({**config, "quantization_config": quantization_config(plan)}))
     return {weight: known for name in names for weight, known in folder.done[name].facts["tensors"].items()}
 
@@ -213,37 +235,45 @@ def _write_shard(
     folder: PartialFolder,
     name: str,
     pieces: Sequence[Piece],
-    produce: Callable[[str], StoredWeight | Tensor],
-    facts: Callable[[str], Mapping[str, Any]],
+    coming: Iterator[_Made],
+    written: Callable[[str], None],
 ) -> None:
     known: dict[str, dict[str, Any]] = {}
+    # The scales of weights whose codes are written; each is let go after the last of its pieces.
     held: dict[str, StoredWeight] = {}
+    last = {piece.weight: index for index, piece in enumerate(pieces)}
     with folder.create(name) as stream:
         stream.write(header_bytes([piece.plan for piece in pieces], metadata={"format": "pt"}, alignment=PAGE_BYTES))
-        for plan, weight, part in pieces:
+        for index, (plan, weight, part) in enumerate(pieces):
+            data: Tensor | bytes
             # A kept tensor is one piece; of a packed weight the codes come first and are let go at once.
-            if part == "tensor":
-                kept = _produced(produce, weight, Tensor)
-                known[weight] = {"sha256": _digest([kept]), **facts(weight)}
-                data: Tensor | bytes = kept
-            elif part == "codes":
-                packed = _produced(produce, weight, StoredWeight)
-                known[weight] = {"sha256": _digest([*_tensors(packed), _state(packed).to_json()]), **facts(weight)}
-                data = packed.codes.view(plan.shape)
-                held[weight] = packed._replace(codes=torch.empty(0))
+            if part in ("tensor", "codes"):
+                made = next(coming)
+                assert made.name == weight, (made.name, weight)
+                known[weight] = made.known
+                if isinstance(made.value, StoredWeight):
+                    data = made.value.codes.view(plan.shape)
+                    held[weight] = made.value._replace(codes=torch.empty(0))
+                else:
+                    data = made.value
+                del made
             elif part == "state":
                 data = _state(held[weight]).to_json().ljust(plan.n_bytes)
             else:
                 data = held[weight]._asdict()[part]
-            for chunk in tensor_bytes(plan, data):
-                stream.write(chunk)
+            _write_tensor(stream, plan, data)
+            del data
+            if part in ("tensor", "codes"):
+                written(weight)
+            if index == last[weight]:
+                held.pop(weight, None)
         stream.facts["tensors"] = known
 
 
-def _produced(produce: Callable[[str], StoredWeight | Tensor], name: str, kind: type[_Value]) -> _Value:
-    value = produce(name)
-    assert isinstance(value, kind), (name, type(value))
-    return value
+def _write_tensor(stream: ByteSink, plan: TensorPlan, data: Tensor | bytes) -> None:
+    # A function of its own, so that nothing holds on to the bytes of a piece while the next one is made.
+    for chunk in tensor_bytes(plan, data):
+        stream.write(chunk)
 
 
 def _state(weight: StoredWeight) -> QuantState:
@@ -251,17 +281,17 @@ def _state(weight: StoredWeight) -> QuantState:
     return QuantState(weight.kind, weight.block_size, weight.dtype, weight.shape, *nested)
 
 
-def _tensors(weight: StoredWeight) -> list[Tensor]:
-    parts = (weight.codes, weight.absmax, weight.levels, weight.nested_absmax, weight.nested_levels)
-    return [part for part in parts if part is not None]
-
-
-def _digest(parts: Sequence[Tensor | bytes]) -> str:
+def _digest(value: StoredWeight | Tensor) -> str:
+    """Of a packed weight: codes, absmax, levels, nested absmax and levels, and the JSON; of another: its bytes."""
+    if isinstance(value, StoredWeight):
+        scales = (value.absmax, value.levels, value.nested_absmax, value.nested_levels)
+        parts = [value.codes, *(part for part in scales if part is not None)]
+        tail = _state(value).to_json()
+    else:
+        parts, tail = [value], b""
     sha256 = hashlib.sha256()
     for part in parts:
-        if isinstance(part, bytes):
-            sha256.update(part)
-        else:
-            for chunk in tensor_bytes(TensorPlan("", part.dtype, tuple(part.shape)), part):
-                sha256.update(chunk)
+        for chunk in tensor_bytes(TensorPlan("", part.dtype, tuple(part.shape)), part):
+            sha256.update(chunk)
+    sha256.update(tail)
     return sha256.hexdigest()
