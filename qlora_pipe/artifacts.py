@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from qlora_formats.adapter import ADAPTER_WEIGHTS, AdapterFolder
 from qlora_formats.checkpoint import CheckpointFolder
-from qlora_formats.manifest import hash_file
+from qlora_formats.hashing import hash_file, hash_files
 from qlora_formats.store import Store, is_store
 from qlora_formats.strict_json import read_object
 from qlora_pipe.errors import DataError, MissingInputError
@@ -54,7 +54,8 @@ class Model:
             content: dict[str, Any] = {"manifest": self.weights.manifest.digest}
         else:
             files = [self.path / "config.json", *self.weights.shards]
-            content = {"sha256": {path.name: hash_file(path).sha256 for path in sorted(files, key=lambda p: p.name)}}
+            found = hash_files(sorted(files, key=lambda path: path.name))
+            content = {"sha256": {path.name: found[path].sha256 for path in found}}
         named = {"repo": self.repo or self.hub_name, "revision": self.revision, "quantization": self.quantization}
         return content | {key: value for key, value in named.items() if value is not None}
 

@@ -17,8 +17,9 @@ from typing import Any, Self
 
 from qlora_formats import disk
 from qlora_formats.errors import CommitError, FormatError
-from qlora_formats.journal import JOURNAL, Journal, file_line, is_whole, survey, temporaries, temporary
-from qlora_formats.manifest import KINDS, MANIFEST, FileRecord, Manifest, difference, hash_file, is_plain_name
+from qlora_formats.hashing import hash_file
+from qlora_formats.journal import JOURNAL, Journal, file_line, survey, temporaries, temporary, whole_files
+from qlora_formats.manifest import KINDS, MANIFEST, FileRecord, Manifest, difference, is_plain_name
 from qlora_formats.strict_json import normal
 from qlora_formats.target import partial_path, refuse_existing
 
@@ -106,7 +107,7 @@ class PartialFolder:
         """Take in a file that a library wrote to `path` itself: fsync it, hash it, note it."""
         disk.fsync_path(self.path / name)
         disk.fsync_path(self.path)
-        record = hash_file(self.path / name)
+        record = FileRecord(*hash_file(self.path / name))
         self._note(name, record)
         self._journal.files[name] = record
 
@@ -239,10 +240,9 @@ def _begin(partial: Path, asked: Journal, *, restart: bool) -> Journal:
             " choose another name, or delete that folder",
             reason="conflict",
         )
-    for name, record in begun.files.items():
-        if is_whole(partial / name, record):
-            asked.files[name] = record
-        else:
+    asked.files.update(whole_files(partial, begun.files))
+    for name in begun.files:
+        if name not in asked.files:
             disk.remove(partial / name)
     return asked
 

@@ -4,11 +4,13 @@ The journal's first line says what the folder is to become; then comes one line 
 crash cut off counts as never written.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from qlora_formats.errors import CommitError, FormatError
-from qlora_formats.manifest import MANIFEST, FileRecord, Manifest, hash_file, is_plain_name
+from qlora_formats.hashing import hash_files
+from qlora_formats.manifest import MANIFEST, FileRecord, Manifest, is_plain_name
 from qlora_formats.strict_json import MAX_BYTES, canonical, parse_object, read_bytes
 
 JOURNAL = "journal.jsonl"
@@ -79,9 +81,14 @@ def survey(partial: Path) -> Journal | None:
     return begun
 
 
-def is_whole(path: Path, record: FileRecord) -> bool:
-    """Whether a file is there with the recorded size and sha256."""
-    return path.is_file() and path.stat().st_size == record.bytes and hash_file(path)[:2] == record[:2]
+def whole_files(folder: Path, files: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
+    """Those of `files` that are there with the recorded size and sha256, in their order."""
+
+    def has_its_size(path: Path, record: FileRecord) -> bool:
+        return path.is_file() and path.stat().st_size == record.bytes
+
+    found = hash_files(folder / name for name, record in files.items() if has_its_size(folder / name, record))
+    return {name: record for name, record in files.items() if found.get(folder / name) == record[:2]}
 
 
 def temporary(path: Path) -> Path:

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
 from qlora_formats.errors import FormatError
+from qlora_formats.hashing import hash_files
 from qlora_formats.strict_json import MAX_BYTES, canonical, parse_object, pretty, read_bytes
 
 MANIFEST = "qlora_pipe.json"
@@ -23,7 +24,6 @@ KINDS = ("store", "checkpoint", "adapter", "training")
 
 _OWN_KEYS = frozenset({"format", "version", "kind", "inputs", "files", "digest"})
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_CHUNK_BYTES = 4 * 2**20
 _NAMED_DIFFERENCES = 3
 
 
@@ -102,8 +102,9 @@ class Manifest:
 
     def verify(self, folder: Path) -> None:
         """Read every file and compare its sha256; FormatError names the first that differs."""
+        found = hash_files(folder / name for name in self.files)
         for name, record in self.files.items():
-            if hash_file(folder / name)[:2] != record[:2]:
+            if found[folder / name] != record[:2]:
                 raise FormatError(
                     f"{folder / name} does not have the sha256 that {MANIFEST} records:"
                     " its bytes were changed; make or fetch the folder again"
@@ -152,19 +153,6 @@ def difference(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> str | N
     named = [f"{key} was {_shown(old, key)} and is now {_shown(new, key)}" for key in keys[:_NAMED_DIFFERENCES]]
     more = len(keys) - len(named)
     return ", ".join(named) + (f", and {more} more" if more else "")
-
-
-def hash_file(path: Path) -> FileRecord:
-    """Size and sha256 of a file; FormatError where it cannot be read."""
-    sha256, size = hashlib.sha256(), 0
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                sha256.update(chunk)
-                size += len(chunk)
-    except OSError as error:
-        raise FormatError(f"cannot read {path}: {error.strerror}") from error
-    return FileRecord(size, sha256.hexdigest())
 
 
 def is_plain_name(name: str) -> bool:
