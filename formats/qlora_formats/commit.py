@@ -24,6 +24,7 @@ from qlora_formats.strict_json import normal
 from qlora_formats.target import partial_path, refuse_existing
 
 _CHUNK_BYTES = 8 * 2**20
+_AHEAD_OF_FSYNC_BYTES = 64 * 2**20
 
 
 def _open(path: Path, flags: int) -> int:
@@ -42,6 +43,8 @@ class FileWriter:
         self._path = path
         self._sha256 = hashlib.sha256()
         self._bytes = 0
+        # So many of them are on their way to the disk.
+        self._begun = 0
 
     def write(self, data: bytes | memoryview) -> None:
         """Append all of `data`; CommitError "disk" where the system refuses."""
@@ -50,7 +53,10 @@ class FileWriter:
             piece = view[start : start + _CHUNK_BYTES]
             disk.write_all(self._fd, piece, self._path)
             self._sha256.update(piece)
-        self._bytes += len(view)
+            self._bytes += len(piece)
+            if self._bytes - self._begun >= _AHEAD_OF_FSYNC_BYTES:
+                disk.start_writing(self._fd, self._begun, self._bytes - self._begun)
+                self._begun = self._bytes
 
     def record(self) -> FileRecord:
         return FileRecord(self._bytes, self._sha256.hexdigest(), normal(self.facts))
