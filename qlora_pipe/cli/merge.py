@@ -30,6 +30,6 @@ def merge(base: str, adapter: str, out: Path, **settings: Any) -> None:
     with Console() as console:
         done = stage(
             open_model(base), Adapter.open(adapter), out, config,
-            manager=load_plugins(console), progress=console.count, note=console.note,
+            manager=load_plugins(console), progress=console.transfer, note=console.note,
         )  # fmt: skip
     click.echo(f"{out}: {done.summary}")

@@ -19,5 +19,5 @@ def run(pipeline: Path) -> None:
     from qlora_pipe.stages.run import run_pipeline
 
     with Console() as console:
-        for line in run_pipeline(pipeline, manager=load_plugins(console), progress=console.count, note=console.note):
+        for line in run_pipeline(pipeline, manager=load_plugins(console), progress=console.transfer, note=console.note):
             click.echo(line)

@@ -58,7 +58,8 @@ def merge(
 ) -> MergeResult:
     """Write base + scale * B A to `out`: summed in float32, rounded once to the data type asked for.
 
-    A 4-bit base is dequantised first: what was trained is what ships. Raises DataError where the adapter does not fit,
+    A 4-bit base is dequantised first: what was trained is what ships. `progress` is told the bytes that are merged, and
+    those there are. Raises DataError where the adapter does not fit,
     where a value is too large for the data type, or where rounding would lose more of the adapter than `min_retention`
     allows; ExistsError (as CommitError) where `out` holds something else.
     """
@@ -94,10 +95,11 @@ def merge(
     def produce_counted(name: str) -> Tensor:
         result = produce(name)
         seen.add(name)
-        progress("merge", len(seen), len(names))
+        progress("merge", sum(sizes[one] for one in seen), sum(sizes.values()))
         return result
 
     plans = [TensorPlan(name, DTYPES[config.dtype], base.shape(name)) for name in names]
+    sizes = {plan.name: plan.n_bytes for plan in plans}
     with commit_folder(out, kind="checkpoint", inputs=inputs) as work:
         written = sum(record.bytes for record in work.done.values())
         require_space(out, needed=sum(plan.n_bytes for plan in plans) - written)
