@@ -4,7 +4,7 @@
 PEFT adapter, `Run` what `finetune` writes. Each may be named by a folder or a Hub id (`user/name[@revision]`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -50,14 +50,35 @@ class Model:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Say which model this is without naming a path: Hub id, revision, and the hash of what it holds."""
+        return self.identified()
+
+    def identified(self, *, progress: Callable[[int, int], None] = lambda _done, _total: None) -> dict[str, Any]:
+        """As `identity`, which reads every byte of a folder without a manifest; `progress` may raise to end it."""
         if self.weights.manifest is not None:
-            content: dict[str, Any] = {"manifest": self.weights.manifest.digest}
-        else:
-            files = [self.path / "config.json", *self.weights.shards]
-            found = hash_files(sorted(files, key=lambda path: path.name))
-            content = {"sha256": {path.name: found[path].sha256 for path in found}}
+            return {"manifest": self.weights.manifest.digest} | self._named
+        found = hash_files(self._content_files, progress=progress)
+        return {"sha256": {path.name: found[path].sha256 for path in found}} | self._named
+
+    @property
+    def stamp(self) -> dict[str, Any]:
+        """As `identity` where that costs nothing, else in place of hashes the files' sizes and times of change.
+
+        It tells whether a folder is still what it was a while ago, on this machine; it has no place in what is kept.
+        """
+        if self.weights.manifest is not None:
+            return self.identity
+        states = {path.name: path.stat() for path in self._content_files}
+        files = {name: f"{state.st_size} bytes, changed {state.st_mtime_ns}" for name, state in states.items()}
+        return {"files": files} | self._named
+
+    @property
+    def _content_files(self) -> list[Path]:
+        return sorted([self.path / "config.json", *self.weights.shards], key=lambda path: path.name)
+
+    @property
+    def _named(self) -> dict[str, Any]:
         named = {"repo": self.repo or self.hub_name, "revision": self.revision, "quantization": self.quantization}
-        return content | {key: value for key, value in named.items() if value is not None}
+        return {key: value for key, value in named.items() if value is not None}
 
     @property
     def quantization(self) -> str | None:

@@ -36,6 +36,9 @@ class QuantizeConfig:
     type: Literal["nf4", "fp4"] = setting("nf4", "4-bit data type: NormalFloat or floating point.")
     block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = setting(64, "Weights that share one scale.")
     double_quant: bool = setting(True, "Quantise the scales again, to 8 bits.")
+    keep: tuple[str, ...] = setting(
+        (), "Leave these in 16 bits: whole components of names, * for one, such as down_proj or layers.0; repeatable."
+    )
     shard_mib: int = setting(
         4096, "Largest file of the store, in MiB; a file is split between layers only.", at_least=1
     )

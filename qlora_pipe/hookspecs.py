@@ -32,6 +32,14 @@ def register_exporters() -> list[Exporter]:  # type: ignore[empty-body]
     """Return named targets of `export`; called at the first look-up of a target."""
 
 
+@hookspec(firstresult=True)
+def choose_precision(model_type: str, tensor: str) -> str | None:
+    """Return "nf4" (or "fp4", the type asked for) or "keep" for one tensor; None leaves it to the architecture.
+
+    Called for each tensor of a model when `quantize` begins.
+    """
+
+
 @hookspec
 def step_finished(report: dict[str, Any]) -> None:
     """Called after each optimizer step with the object that metrics.jsonl gets; loggers live here."""

@@ -19,6 +19,15 @@ _BOUNDS: Mapping[str, tuple[str, Callable[[float, float], bool]]] = {
 }
 
 
+_WORDS: Mapping[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    tuple[str, ...]: "a list of texts",
+}
+
+
 def checked(config: type[C], values: Mapping[str, Any], *, where: str) -> C:
     """Make a config from values.
 
@@ -73,7 +82,7 @@ def describe_type(config: type, item: dataclasses.Field[Any]) -> str:
     if get_origin(hint) is Literal:
         words = "one of " + ", ".join(str(choice) for choice in get_args(hint))
     else:
-        words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[hint]
+        words = _WORDS[hint]
     bounds = [f"{_BOUNDS[name][0]} {bound}" for name, bound in item.metadata["bounds"].items()]
     return ", ".join([words, *bounds])
 

@@ -83,6 +83,10 @@ class CheckpointFolder:
         """A view of the mapped shard, as `TensorFile.tensor`."""
         return self._file_of(name).tensor(name)
 
+    def release(self, name: str) -> None:
+        """As `TensorFile.release`."""
+        self._file_of(name).release(name)
+
     def carried_files(self) -> list[Path]:
         """Tokenizer, generation config, chat template and licence files, which are copied to what is made from this.
 

@@ -103,6 +103,16 @@ class TensorFile:
         count = (info.end - info.start) // info.dtype.itemsize
         return torch.frombuffer(mapping, dtype=info.dtype, count=count, offset=info.start).view(info.shape)
 
+    def release(self, name: str) -> None:
+        """Let the system have back the memory that a tensor's pages take up, once nobody needs its values for a while.
+
+        A view of it stays valid and reads them from the file again; what was written to the view is lost.
+        """
+        info = self.infos[name]
+        start = info.start - info.start % mmap.PAGESIZE
+        if self._mapping is not None and info.end > start:
+            self._mapping.madvise(mmap.MADV_DONTNEED, start, info.end - start)
+
     def _mapped(self) -> mmap.mmap:
         try:
             if self._mapping is None:

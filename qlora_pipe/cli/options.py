@@ -28,10 +28,12 @@ def options_of(config: type) -> Callable[[F], F]:
 def _option(config: type, item: dataclasses.Field[Any]) -> Callable[[F], F]:
     flag = "--" + item.name.replace("_", "-")
     hint = given_type(config, item)
-    default = "" if item.default is None else f"  [default: {shown_default(item)}]"
+    default = "" if item.default in (None, ()) else f"  [default: {shown_default(item)}]"
     text = item.metadata["help"] + default
     if hint is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", item.name, default=None, help=text)
+    if hint == tuple[str, ...]:
+        return click.option(flag, item.name, multiple=True, metavar="PATTERN", help=text)
     kind: Any = {int: click.INT, float: click.FLOAT, str: click.STRING}.get(hint)
     if get_origin(hint) is Literal:
         choices = get_args(hint)
@@ -57,7 +59,7 @@ def shown_default(item: dataclasses.Field[Any]) -> str:
 
 def given(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Keep the settings that were on the command line."""
-    return {name: value for name, value in settings.items() if value is not None}
+    return {name: value for name, value in settings.items() if value not in (None, ())}
 
 
 def config_of(config: type[C], settings: Mapping[str, Any], *, file: Mapping[str, Any] | None = None, where: str) -> C:
@@ -67,5 +69,5 @@ def config_of(config: type[C], settings: Mapping[str, Any], *, file: Mapping[str
 
 def describe_setting(config: type, item: dataclasses.Field[Any]) -> tuple[str, str, str, str]:
     """Give a setting's row in docs/config.md: name, what it takes, default, help."""
-    default = "none" if item.default is None else shown_default(item)
+    default = "none" if item.default in (None, ()) else shown_default(item)
     return item.name, describe_type(config, item), default, item.metadata["help"]

@@ -26,5 +26,5 @@ def quantize(source: str, out: Path, **settings: Any) -> None:
 
     config = config_of(QuantizeConfig, settings, where="quantize")
     with Console() as console:
-        done = stage(Checkpoint.open(source), out, config, manager=load_plugins(console), progress=console.count)
+        done = stage(Checkpoint.open(source), out, config, manager=load_plugins(console), progress=console.transfer)
     click.echo(f"{out}: {done.summary}")

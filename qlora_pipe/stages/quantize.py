@@ -1,29 +1,44 @@
-"""Quantize: a 16-bit checkpoint becomes a 4-bit store, a tensor at a time."""
+"""Quantize: a 16-bit checkpoint becomes a 4-bit store, a few tensors at a time.
 
-from collections.abc import Callable
+The source is mapped. Threads quantise the weights that come next while one is written, and another thread hashes the
+source's files beside them, which on a cold disk is what reads ahead.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pluggy
-import torch
 from torch import Tensor
 
 from qlora_formats.commit import commit_folder
+from qlora_formats.journal import survey
 from qlora_formats.layout import StorePlan
 from qlora_formats.manifest import Manifest
 from qlora_formats.store import StoredWeight, write_store
-from qlora_formats.target import finished, require_space
-from qlora_kernels.blockwise import dequantize_reference
-from qlora_kernels.blockwise import quantize as quantize_tensor
-from qlora_pipe.architecture import block_of, matches
+from qlora_formats.target import finished, partial_path, require_space
+from qlora_formats.tensorfile import TensorInfo
+from qlora_kernels.dispatch import quantize as quantize_tensor
+from qlora_kernels.dispatch import squared_error
+from qlora_pipe.architecture import block_of
 from qlora_pipe.artifacts import Checkpoint
 from qlora_pipe.config import QuantizeConfig
 from qlora_pipe.errors import DataError
 from qlora_pipe.plugins import find_architecture
+from qlora_pipe.precision import Precision, choose_precision
 
-# Elements whose squared error is summed at once: bounds what a large tensor's error costs in memory.
-_PIECE = 1 << 22
+# Source bytes of the weights that are being made or wait to be written, and the threads that make them. The kernels use
+# every core by themselves; the second thread is for what they leave to one, digests above all.
+_AHEAD_BYTES = 128 * 2**20
+_THREADS = 2
+# Settings that decide nothing about the bytes by their text: what they keep is named tensor by tensor.
+_NAMED_BY_EFFECT = ("keep",)
+
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,20 +64,31 @@ def quantize(
     config: QuantizeConfig,
     *,
     manager: pluggy.PluginManager,
-    progress: Callable[[str, int, int], None] = lambda _what, _done, _total: None,
+    progress: Progress = lambda _what, _done, _total: None,
 ) -> QuantizeResult:
     """Write the 4-bit store of `source` to the folder `out`.
 
-    Interrupted and called again it goes on after the last finished shard, and ends with the same bytes. Raises
-    ExistsError (as CommitError) where `out` holds something else, DataError naming a tensor with NaN or infinity.
+    Interrupted and called again it goes on after the last finished shard, and ends with the same bytes. Memory holds a
+    few tensors, whatever the model. `progress` is told the source's bytes that are through, and those there are. Raises
+    ExistsError (as CommitError) where `out` holds something else, DataError naming a tensor with NaN or infinity, and
+    where the source changed meanwhile.
     """
-    architecture = find_architecture(manager, source.config.get("model_type"))
-    inputs = {"source": source.identity, "settings": asdict(config)}
+    model_type = source.config.get("model_type")
+    architecture = find_architecture(manager, model_type)
+    ties = architecture.ties(source.config)
+    infos = {name: source.weights.info(name) for name in source.weights.names if name not in ties}
+    precision = choose_precision(
+        infos, architecture, model_type=str(model_type), kind=config.type, keep=config.keep, manager=manager
+    )
+    if not precision.quantized:
+        raise DataError(f"{source.path.name} holds no weight that the {architecture.name} plugin would quantise.")
+    settings = {key: value for key, value in asdict(config).items() if key not in _NAMED_BY_EFFECT}
+    decided = {"settings": settings} | ({"kept": list(precision.kept)} if precision.kept else {})
+    # Hashing reads the whole source. It comes first only where something is to be compared with its content.
+    by_content = out.exists() or _is_begun_by_content(out)
+    inputs = {"source": source.identity if by_content else source.stamp} | decided
     if (done := finished(out, kind="store", inputs=inputs)) is not None:
         return QuantizeResult(path=out, already_done=True, manifest=done)
-    ties = architecture.ties(source.config)
-    names = [name for name in source.weights.names if name not in ties]
-    infos = {name: source.weights.info(name) for name in names}
 
     def group_of(name: str) -> str | None:
         block = block_of(name, architecture.blocks)
@@ -71,59 +97,104 @@ def quantize(
     plan = StorePlan.of(
         [(name, info.dtype, info.shape) for name, info in infos.items()],
         block_of=group_of,
-        is_quantized=lambda name: matches(name, architecture.quantize),
+        is_quantized=frozenset(precision.quantized).__contains__,
         kind=config.type,
         block_size=config.block_size,
         double_quant=config.double_quant,
-        skip_modules=architecture.keep_16bit,
+        skip_modules=(*architecture.keep_16bit, *(name.removesuffix(".weight") for name in precision.kept)),
     )
-    quantized = [weight for weight in plan.weights if weight.quantized]
-    if not quantized:
-        raise DataError(f"{source.path.name} holds no weight that the {architecture.name} plugin would quantise.")
-    facts: dict[str, dict[str, Any]] = {}
-    seen = 0
+    with commit_folder(out, kind="store", inputs=inputs) as work, _hashed_beside(source) as hashed:
+        written = sum(record.bytes for record in work.done.values())
+        require_space(out, needed=_needed_bytes(infos, precision) - written)
+        source_bytes = sum(info.end - info.start for info in infos.values())
+        through = source_bytes - _missing_bytes(infos, done=work.done)
+        progress("quantize", through, source_bytes)
+        facts: dict[str, dict[str, Any]] = {}
 
-    def produce(name: str) -> StoredWeight | Tensor:
-        nonlocal seen
-        seen += 1
-        progress("quantize", seen, len(names))
-        weight = source.weights.tensor(name)
-        if not matches(name, architecture.quantize):
-            return weight
-        stored, error = _quantized(weight, config, name=name)
-        facts[name] = {"relative_error": error}
-        return stored
+        def produce(name: str) -> StoredWeight | Tensor:
+            weight = source.weights.tensor(name)
+            if name not in quantized:
+                return weight
+            stored, error = _quantized(weight, config, name=name)
+            facts[name] = {"relative_error": error}
+            return stored
 
-    source_bytes = sum(info.end - info.start for info in infos.values())
-    # 4.13 bits are left of 16 or 32; what stays as it is counts in full.
-    needed = sum(
-        (info.end - info.start) if not matches(name, architecture.quantize) else -(-_elements(info.shape) * 5 // 8)
-        for name, info in infos.items()
-    )
-    with commit_folder(out, kind="store", inputs=inputs) as work:
-        require_space(out, needed=needed - sum(record.bytes for record in work.done.values()))
+        def count(name: str) -> None:
+            nonlocal through
+            source.weights.release(name)
+            through += infos[name].end - infos[name].start
+            progress("quantize", through, source_bytes)
+
+        quantized = frozenset(precision.quantized)
         write_store(
             work,
             config=source.config,
             plan=plan,
             produce=produce,
             facts=lambda name: facts.pop(name, {}),
+            written=count,
             shard_mib=config.shard_mib,
+            ahead_bytes=_AHEAD_BYTES,
+            threads=_THREADS,
         )
         for file in source.weights.carried_files():
             work.copy(file, file.name)
         totals = {
-            "tensors": len(names),
-            "quantized": len(quantized),
+            "tensors": len(infos),
+            "quantized": len(precision.quantized),
             "source_bytes": source_bytes,
             "bytes": sum(record.bytes for name, record in work.done.items() if name.endswith(".safetensors")),
         }
-        manifest = work.finish({"totals": totals})
+        identity = hashed.result()
+        if not by_content and source.stamp != inputs["source"]:
+            raise DataError(
+                f"{source.path} was changed while it was quantised: find out by whom, delete {work.path} and run again."
+            )
+        manifest = work.finish({"totals": totals}, inputs={"source": identity} | decided)
     return QuantizeResult(path=out, already_done=False, manifest=manifest)
 
 
-def _elements(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())
+def _is_begun_by_content(out: Path) -> bool:
+    """Whether an unfinished store names its source by hashes: then only its last steps are missing."""
+    partial = partial_path(out)
+    begun = survey(partial) if partial.is_dir() else None
+    return begun is not None and "files" not in begun.inputs.get("source", {})
+
+
+class _Left(Exception):
+    """Nobody waits for the hashes any more."""
+
+
+@contextmanager
+def _hashed_beside(source: Checkpoint) -> Iterator[Future[dict[str, Any]]]:
+    """Find out the source's identity in the background; whoever leaves early doesn't wait for it."""
+    left = Event()
+
+    def go_on(_done: int, _total: int) -> None:
+        if left.is_set():
+            raise _Left
+
+    with ThreadPoolExecutor(1, thread_name_prefix="hash") as pool:
+        try:
+            yield pool.submit(source.identified, progress=go_on)
+        finally:
+            left.set()
+
+
+def _needed_bytes(infos: dict[str, TensorInfo], precision: Precision) -> int:
+    """What the store will take at most: 4.5 bits of each quantised weight are left, what is kept counts in full."""
+    quantized = frozenset(precision.quantized)
+    sizes = {name: info.end - info.start for name, info in infos.items()}
+    return sum(
+        -(-size // info.dtype.itemsize * 5 // 8) if name in quantized else size
+        for (name, info), size in zip(infos.items(), sizes.values(), strict=True)
+    )
+
+
+def _missing_bytes(infos: dict[str, TensorInfo], *, done: Any) -> int:
+    """The source's bytes of the tensors that no finished shard holds."""
+    there = {name for record in done.values() for name in record.facts.get("tensors", {})}
+    return sum(info.end - info.start for name, info in infos.items() if name not in there)
 
 
 def _quantized(weight: Tensor, config: QuantizeConfig, *, name: str) -> tuple[StoredWeight, float]:
@@ -132,15 +203,6 @@ def _quantized(weight: Tensor, config: QuantizeConfig, *, name: str) -> tuple[St
         q = quantize_tensor(weight, kind=config.type, block_size=config.block_size, double_quant=config.double_quant)
     except ValueError as fault:
         raise DataError(f"{name}: {fault}.") from fault
-    stored = StoredWeight(**q._asdict(), kind=config.type, dtype=weight.dtype)
-    return stored, relative_error(weight, dequantize_reference(q, torch.float32))
-
-
-def relative_error(exact: Tensor, approximate: Tensor) -> float:
-    """|exact - approximate| / |exact| over all elements, summed in float64, to four digits; 0 for all zeros."""
-    error = size = 0.0
-    for a, b in zip(torch.split(exact.flatten(), _PIECE), torch.split(approximate.flatten(), _PIECE), strict=True):
-        a64, b64 = a.double(), b.double()
-        error += float((a64 - b64).square().sum())
-        size += float(a64.square().sum())
-    return float(f"{(error / size) ** 0.5:.4g}") if size else 0.0
+    error, size = squared_error(weight, q)
+    relative = float(f"{(error / size) ** 0.5:.4g}") if size else 0.0
+    return StoredWeight(**q._asdict(), kind=config.type, dtype=weight.dtype), relative

@@ -131,6 +131,19 @@ def test_weights_of_more_than_2_1_million_elements_are_stored_in_the_peers_bytes
     assert_the_peers_bytes(source, tmp_path / "store")
 
 
+@pytest.mark.parametrize("keep", [["down_proj"], ["layers.1"], ["layers.1.mlp.up_proj", "self_attn.*_proj"]], ids=str)
+def test_transformers_reads_a_store_with_weights_kept_in_16_bits(tmp_path: Path, keep: list[str]) -> None:
+    # Twelve layers: the name of layer 1 begins those of 10 and 11.
+    source = tiny_checkpoint(tmp_path / "source", num_hidden_layers=12, hidden_size=64, intermediate_size=96)
+    run("quantize", source, tmp_path / "store", *(word for pattern in keep for word in ("--keep", pattern)))
+    kept = json.loads((tmp_path / "store" / "qlora_pipe.json").read_text())["inputs"]["kept"]
+    model = theirs(tmp_path / "store")
+    got, wanted = our_weights(tmp_path / "store"), their_weights(model)
+    assert set(wanted) == {name for name in got if "_proj.weight" in name} - set(kept)
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    assert all(torch.equal(got[name], model.get_parameter(name)) for name in kept)
+
+
 @pytest.mark.parametrize("flags", FLAGS[::3] + FLAGS[-1:], ids=" ".join)
 @pytest.mark.parametrize("model", ODD_MODELS)
 def test_transformers_reads_stores_of_odd_widths_as_we_do(tmp_path: Path, model: str, flags: list[str]) -> None:

@@ -154,6 +154,12 @@ def test_the_documented_exporter_writes_its_archive(tmp_path: Path) -> None:
     assert Path(exporter.push(tmp_path / "model", ExportConfig(to="archive"))).is_file()
 
 
+def test_the_documented_choice_of_precision_keeps_the_first_layer() -> None:
+    choose = load_plugins(example("qlora_careful")).hook.choose_precision
+    assert choose(model_type="llama", tensor="model.layers.0.mlp.up_proj.weight") == "keep"
+    assert choose(model_type="llama", tensor="model.layers.10.mlp.up_proj.weight") is None
+
+
 def test_the_documented_logger_hears_of_steps(capsys: pytest.CaptureFixture[str]) -> None:
     load_plugins(example("qlora_printer")).hook.step_finished(report={"step": 3, "loss": 1.5})
     assert capsys.readouterr().out == "3 1.5\n"

@@ -1,17 +1,25 @@
 """Quantize, and the pipeline around it, on a tiny checkpoint."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qlora_formats.checkpoint import CheckpointFolder
 from qlora_formats.manifest import Manifest
 from qlora_formats.store import Store, StoredWeight
 from qlora_kernels import dequantize_reference
+from qlora_pipe.artifacts import Checkpoint
 from qlora_pipe.cli import execute
+from qlora_pipe.config import QuantizeConfig
+from qlora_pipe.errors import DataError
 from qlora_pipe.nn.linear import quantized_tensor
+from qlora_pipe.plugins import load_plugins
+from qlora_pipe.stages.quantize import quantize
 from qlora_pipe.testing import tiny_checkpoint
 
 
@@ -118,3 +126,95 @@ def test_a_pipeline_runs_its_stages_and_passes_over_what_is_done(
     assert again.out.count("already done") == 2
     assert "run is already done" in again.err
     assert contents(tmp_path) == before
+
+
+class Stopped(Exception):
+    pass
+
+
+def stopped(source: Path, out: Path, *, at: int) -> list[tuple[int, int]]:
+    """Quantise until the progress has been told of `at` steps, and give what it was told."""
+    told: list[tuple[int, int]] = []
+
+    def progress(what: str, done: int, total: int) -> None:
+        assert what == "quantize"
+        told.append((done, total))
+        if len(told) == at:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        quantize(Checkpoint.open(source), out, QuantizeConfig(shard_mib=1), manager=load_plugins(), progress=progress)
+    return told
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose store has several files of 1 MiB."""
+    folder = tmp_path_factory.mktemp("larger") / "source"
+    return tiny_checkpoint(folder, hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4)
+
+
+def test_what_was_finished_before_an_interruption_is_kept_and_counted(larger: Path, tmp_path: Path) -> None:
+    assert execute(["quantize", str(larger), str(tmp_path / "whole"), "--shard-mib", "1"]) == 0
+    told = stopped(larger, tmp_path / "store", at=45)
+    assert told[0] == (0, told[-1][1])
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+    finished = {path.name: path.stat().st_ino for path in (tmp_path / ".store.partial").glob("*.safetensors")}
+    assert finished
+    again = stopped(larger, tmp_path / "store", at=1)
+    # All but what the unfinished file held of it.
+    assert 0 < again[0][0] < told[-1][0]
+    assert execute(["quantize", str(larger), str(tmp_path / "store"), "--shard-mib", "1"]) == 0
+    assert {name: (tmp_path / "store" / name).stat().st_ino for name in finished} == finished
+    assert contents(tmp_path / "store") == contents(tmp_path / "whole")
+
+
+def test_a_source_that_changed_since_an_interruption_is_not_mixed_with_what_it_was(
+    larger: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(larger, tmp_path / "source")
+    stopped(tmp_path / "source", tmp_path / "store", at=45)
+    weights = tmp_path / "source" / "model.safetensors"
+    state = weights.stat()
+    os.utime(weights, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+    assert execute(["quantize", str(tmp_path / "source"), str(tmp_path / "store"), "--shard-mib", "1"]) == 73
+    sentence = capsys.readouterr().err
+    assert "was begun with other inputs or settings: source.files.model.safetensors was" in sentence
+    assert "delete that folder" in sentence
+
+
+def test_a_source_that_changes_while_it_is_quantised_is_refused(larger: Path, tmp_path: Path) -> None:
+    shutil.copytree(larger, tmp_path / "source")
+    weights = tmp_path / "source" / "model.safetensors"
+
+    def touch(_what: str, done: int, total: int) -> None:
+        if done == total:
+            state = weights.stat()
+            os.utime(weights, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+
+    with pytest.raises(DataError, match="was changed while it was quantised"):
+        quantize(
+            Checkpoint.open(tmp_path / "source"),
+            tmp_path / "store",
+            QuantizeConfig(),
+            manager=load_plugins(),
+            progress=touch,
+        )
+    assert not (tmp_path / "store").exists()
+
+
+def test_sizes_and_times_of_the_source_stand_in_no_finished_store(larger: Path, tmp_path: Path) -> None:
+    assert execute(["quantize", str(larger), str(tmp_path / "store")]) == 0
+    assert set(Manifest.read(tmp_path / "store").inputs["source"]) == {"sha256"}
+
+
+def test_what_is_read_of_the_source_is_given_back_at_once(
+    larger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released: list[str] = []
+    release = CheckpointFolder.release
+    monkeypatch.setattr(
+        CheckpointFolder, "release", lambda folder, name: (released.append(name), release(folder, name))
+    )
+    assert execute(["quantize", str(larger), str(tmp_path / "store")]) == 0
+    assert sorted(released) == sorted(load_file(larger / "model.safetensors"))

@@ -1,0 +1,67 @@
+"""Which weights a store keeps in 4 bits: the architecture's list, less what a plugin or the user leaves in 16."""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import pluggy
+
+from qlora_pipe.architecture import Architecture, matches
+from qlora_pipe.errors import ConfigError
+
+
+class Precision(NamedTuple):
+    """The weights to quantise, and those that could be and are kept; names of tensors, in the order they came."""
+
+    quantized: tuple[str, ...]
+    kept: tuple[str, ...]
+
+
+def choose_precision(
+    names: Iterable[str],
+    architecture: Architecture,
+    *,
+    model_type: str,
+    kind: str,
+    keep: Sequence[str],
+    manager: pluggy.PluginManager,
+) -> Precision:
+    """Decide for every tensor of a model: `keep` comes first, then the hook `choose_precision`, then the architecture.
+
+    A pattern of `keep` names whole components of a dotted name, anywhere in it, `*` standing for one or a part of one:
+    `down_proj`, `layers.0`, `layers.*.mlp`. Raises ConfigError for a pattern that keeps nothing, and for a plugin that
+    answers with another 4-bit type than `kind`, or for a tensor that the architecture never quantises.
+    """
+    unused = dict.fromkeys(keep)
+    quantized: list[str] = []
+    kept: list[str] = []
+    for name in names:
+        quantisable = matches(name, architecture.quantize)
+        answer = manager.hook.choose_precision(model_type=model_type, tensor=name)
+        if answer not in (None, "keep", kind):
+            raise ConfigError(
+                f"a plugin's choose_precision answered {answer!r} for {name}; here it may answer {kind!r}, 'keep' or"
+                " None."
+            )
+        if answer == kind and not quantisable:
+            raise ConfigError(
+                f"a plugin's choose_precision asked for {name} in 4 bits, which {architecture.name} models keep in 16;"
+                f" they quantise {', '.join(architecture.quantize)}."
+            )
+        if not quantisable:
+            continue
+        wanted = [pattern for pattern in keep if _names_part(pattern, name)]
+        for pattern in wanted:
+            unused.pop(pattern, None)
+        (kept if wanted or answer == "keep" else quantized).append(name)
+    for pattern in unused:
+        raise ConfigError(
+            f"keep: {pattern!r} matches none of the weights that would be quantised, such as"
+            f" {(quantized or kept or ['none'])[0]}; name whole components, with * for one: down_proj, layers.0."
+        )
+    return Precision(tuple(quantized), tuple(kept))
+
+
+def _names_part(pattern: str, name: str) -> bool:
+    body = "[^.]*".join(re.escape(part) for part in pattern.split("*"))
+    return re.search(rf"(?:^|\.){body}(?:\.|$)", name) is not None
