@@ -54,11 +54,16 @@ class Nursery:
     def __exit__(self, *_: object) -> None:
         self._process.communicate()
 
-    def start(self, arguments: Sequence[str]) -> "Child":
-        """Start `qlora-pipe` with these arguments in a child."""
+    def start(self, arguments: Sequence[str], *, kill_at: int | None = None) -> "Child":
+        """Start `qlora-pipe` with these arguments in a child, which kills itself at a moment of its work on the disk.
+
+        Moments are counted from 0: one before and one after each write, fsync, rename and so on. Where it gets to the
+        end, its last line says how many there were.
+        """
         self._started += 1
         log = self._folder / f"{self._started}.log"
-        return Child(self, int(self.ask("start", arguments=list(arguments), log=str(log))), log)
+        pid = self.ask("start", arguments=list(arguments), log=str(log), kill_at=kill_at)
+        return Child(self, int(pid), log)
 
     def ask(self, what: str, **details: Any) -> Any:
         """Send the nursery one request and give its answer."""
@@ -169,7 +174,7 @@ def _serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if request["what"] == "start":
-            answer = _fork(request["arguments"], log=request["log"])
+            answer = _fork(request["arguments"], log=request["log"], kill_at=request["kill_at"])
         else:
             _, status = os.waitpid(request["pid"], 0)
             answer = os.waitstatus_to_exitcode(status)
@@ -195,7 +200,34 @@ def _warm_up() -> None:
     torch.optim.AdamW([parameter], foreach=False).step()
 
 
-def _fork(arguments: list[str], *, log: str) -> int:
+class _Moments:
+    """Counts the moments before and after every effect on the disk, and ends the process at the chosen one."""
+
+    def __init__(self, kill_at: int) -> None:
+        from qlora_formats import commit, disk
+
+        self._kill_at = kill_at
+        self.passed = 0
+        effects = ("_write", "_truncate", "_fsync", "_rename", "_unlink", "_mkdir", "_rmdir")
+        for module, name in ((commit, "_open"), *((disk, effect) for effect in effects)):
+            setattr(module, name, self._watched(getattr(module, name)))
+
+    def _watched(self, effect: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*arguments: Any) -> Any:
+            self._pass()
+            result = effect(*arguments)
+            self._pass()
+            return result
+
+        return watched
+
+    def _pass(self) -> None:
+        if self.passed == self._kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.passed += 1
+
+
+def _fork(arguments: list[str], *, log: str, kill_at: int | None) -> int:
     from qlora_pipe.cli import execute
 
     if pid := os.fork():
@@ -204,7 +236,10 @@ def _fork(arguments: list[str], *, log: str) -> int:
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    moments = None if kill_at is None else _Moments(kill_at)
     code = execute(arguments)
+    if moments is not None:
+        print(f"moments {moments.passed}")
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

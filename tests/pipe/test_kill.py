@@ -29,21 +29,23 @@ def stages(nursery: Nursery, inputs: Path) -> Mapping[str, Work]:
     return works(nursery, inputs)
 
 
-@pytest.mark.parametrize("stage", ["finetune", "quantize", "merge"])
-def test_ten_runs_killed_at_random_moments_and_rerun_end_byte_identical(
+@pytest.mark.parametrize(("stage", "runs"), [("finetune", 10), ("quantize", 60), ("merge", 10)])
+def test_runs_killed_at_random_moments_and_rerun_end_byte_identical(
+    *,
     nursery: Nursery,
     stages: Mapping[str, Work],
     tmp_path: Path,
     stage: str,
+    runs: int,
     record_property: Callable[[str, str], None],
 ) -> None:
-    tally = kill_at_random(nursery, stages[stage], tmp_path, runs=10, seed=0)
+    tally = kill_at_random(nursery, stages[stage], tmp_path, runs=runs, seed=0)
     record_property(
         "counted",
         f"{stage}: {tally.identical} of {tally.runs} killed runs byte-identical, {tally.kills} kills,"
         f" {tally.kills_between_first_and_last_commit} of them between the first and the last commit",
     )
-    assert tally.identical == tally.runs == 10
+    assert tally.identical == tally.runs == runs
     # Otherwise nothing was there that could be lost.
     assert tally.kills_between_first_and_last_commit > 0
 
