@@ -31,9 +31,10 @@ from qlora_pipe.errors import DataError
 from qlora_pipe.plugins import find_architecture
 from qlora_pipe.precision import Precision, choose_precision
 
-# Source bytes of the weights that are being made or wait to be written, and the threads that make them. The kernels use
-# every core by themselves; the second thread is for what they leave to one, digests above all.
-_AHEAD_BYTES = 128 * 2**20
+# The weights that are being made or wait to be written have at most so many bytes in the source: twice those of the
+# largest, so that one can be made while another is written, whatever their size.
+_LEAST_AHEAD_BYTES = 128 * 2**20
+# Kernels use every core by themselves; the second thread is for what they leave to one, digests above all.
 _THREADS = 2
 # Settings that decide nothing about the bytes by their text: what they keep is named tensor by tensor.
 _NAMED_BY_EFFECT = ("keep",)
@@ -134,7 +135,7 @@ def quantize(
             facts=lambda name: facts.pop(name, {}),
             written=count,
             shard_mib=config.shard_mib,
-            ahead_bytes=_AHEAD_BYTES,
+            ahead_bytes=max(_LEAST_AHEAD_BYTES, 2 * max(info.end - info.start for info in infos.values())),
             threads=_THREADS,
         )
         for file in source.weights.carried_files():
