@@ -15,6 +15,7 @@ from qlora_formats.adapter_config import AdapterConfig
 from qlora_formats.checkpoint import require_folder
 from qlora_formats.commit import PartialFolder
 from qlora_formats.errors import FormatError
+from qlora_formats.loading import Load
 from qlora_formats.manifest import Manifest
 from qlora_formats.strict_json import pretty
 from qlora_formats.tensorfile import TensorFile, TensorPlan, write_tensors
@@ -44,8 +45,11 @@ class AdapterFolder:
         self._file = file
 
     @classmethod
-    def open(cls, path: Path) -> Self:
-        """Check the folder `path`, against its manifest where it has one; FormatError says what is wrong with it."""
+    def open(cls, path: Path, *, load: Load = "mmap") -> Self:
+        """Check the folder `path`, against its manifest where it has one; FormatError says what is wrong with it.
+
+        `load` says how its tensors come into memory later.
+        """
         require_folder(path)
         if not (path / ADAPTER_CONFIG).is_file():
             instead = "; it is a model" if (path / "config.json").is_file() else ""
@@ -57,13 +61,13 @@ class AdapterFolder:
                 else ""
             )
             raise FormatError(f"{path} holds no {ADAPTER_WEIGHTS}{instead}")
-        config, file = AdapterConfig.read(path / ADAPTER_CONFIG), TensorFile.open(path / ADAPTER_WEIGHTS)
+        config, file = AdapterConfig.read(path / ADAPTER_CONFIG), TensorFile.open(path / ADAPTER_WEIGHTS, load=load)
         manifest = Manifest.read_if_present(path)
         return cls(path, config=config, file=file, modules=_checked_modules(file, config), manifest=manifest)
 
     @property
     def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """A [r, in] and B [out, r] of each module, as views of the mapped file in the dtype it has."""
+        """A [r, in] and B [out, r] of each module, in the dtype it has, each as `TensorFile.tensor`."""
         return {
             module: (self._file.tensor(_key(module, "A")), self._file.tensor(_key(module, "B")))
             for module in self.modules

@@ -1,6 +1,8 @@
 """A Hugging Face model folder: config.json beside model.safetensors, or beside shards and their index."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from qlora_formats.commit import PartialFolder
 from qlora_formats.errors import FormatError
+from qlora_formats.loading import Load
 from qlora_formats.manifest import Manifest, is_plain_name
 from qlora_formats.strict_json import pretty, read_object
 from qlora_formats.target import partial_path
@@ -37,7 +40,7 @@ _MIB = 2**20
 
 
 class CheckpointFolder:
-    """A model folder whose config, index and headers were checked. Tensors are mapped when asked for."""
+    """A model folder whose config, index and headers were checked. Tensors are mapped or read when asked for."""
 
     def __init__(
         self,
@@ -56,19 +59,23 @@ class CheckpointFolder:
         self._files = {name: file for file in files.values() for name in file.infos}
 
     @classmethod
-    def open(cls, path: Path) -> Self:
-        """Check the folder `path`, against its manifest where it has one; FormatError says what is wrong with it."""
+    def open(cls, path: Path, *, load: Load = "mmap") -> Self:
+        """Check the folder `path`, against its manifest where it has one; FormatError says what is wrong with it.
+
+        `load` says how its tensors come into memory later.
+        """
         require_folder(path)
         if not (path / CONFIG).is_file():
             raise FormatError(f"{path} is not a model: it has no {CONFIG}{_instead(path)}")
         generation = path / GENERATION_CONFIG
-        return cls(
-            path,
-            config=read_object(path / CONFIG),
-            generation_config=read_object(generation) if generation.is_file() else {},
-            files=_open_weights(path),
-            manifest=Manifest.read_if_present(path),
-        )
+        with collector_paused():
+            return cls(
+                path,
+                config=read_object(path / CONFIG),
+                generation_config=read_object(generation) if generation.is_file() else {},
+                files=_open_weights(path, load=load),
+                manifest=Manifest.read_if_present(path),
+            )
 
     @property
     def names(self) -> list[str]:
@@ -80,12 +87,20 @@ class CheckpointFolder:
         return self._file_of(name).infos[name]
 
     def tensor(self, name: str) -> Tensor:
-        """A view of the mapped shard, as `TensorFile.tensor`."""
+        """A view of the mapped shard or a new tensor, as `TensorFile.tensor`."""
         return self._file_of(name).tensor(name)
 
     def release(self, name: str) -> None:
         """As `TensorFile.release`."""
         self._file_of(name).release(name)
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+        """The bytes of a few small tensors, shard by shard, without mapping one."""
+        by_file: dict[TensorFile, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._file_of(name), []).append(name)
+        for file, wanted in by_file.items():
+            yield from file.read(wanted)
 
     def carried_files(self) -> list[Path]:
         """Tokenizer, generation config, chat template and licence files, which are copied to what is made from this.
@@ -102,6 +117,21 @@ class CheckpointFolder:
         if file is None:
             raise FormatError(f"{self.path} has no tensor {name!r}")
         return file
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Keep Python's garbage collector from running: headers become many objects, and none of them is garbage.
+
+    They would set off a collection that walks through all of torch, which takes longer than opening a large model.
+    """
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
 
 
 def require_folder(path: Path) -> None:
@@ -164,13 +194,13 @@ def _split(plans: Sequence[TensorPlan], most: int) -> Iterator[list[TensorPlan]]
     yield shard
 
 
-def _open_weights(path: Path) -> dict[str, TensorFile]:
+def _open_weights(path: Path, *, load: Load) -> dict[str, TensorFile]:
     if (path / WEIGHTS).is_file():
-        return {WEIGHTS: TensorFile.open(path / WEIGHTS)}
+        return {WEIGHTS: TensorFile.open(path / WEIGHTS, load=load)}
     if not (path / INDEX).is_file():
         raise FormatError(f"{path} holds no weights: neither {WEIGHTS} nor {INDEX}{_instead(path)}")
     weight_map = _weight_map(path / INDEX)
-    files = {name: TensorFile.open(_shard(path, name)) for name in sorted(set(weight_map.values()))}
+    files = {name: TensorFile.open(_shard(path, name), load=load) for name in sorted(set(weight_map.values()))}
     for name, file in files.items():
         for tensor in file.infos:
             if weight_map.get(tensor) != name:
@@ -186,9 +216,11 @@ def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{index} has no weight_map from tensors to files")
+    known: set[str] = set()
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or not is_plain_name(name):
+        if not isinstance(name, str) or (name not in known and not is_plain_name(name)):
             raise FormatError(f"{index} places the tensor {tensor[:80]!r} in {str(name)[:80]!r}, which is no file name")
+        known.add(name)
     return weight_map
 
 

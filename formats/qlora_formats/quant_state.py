@@ -11,6 +11,7 @@ with N weights in blocks = ceil(N/block size) blocks.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from math import prod
 from typing import Any, NamedTuple
@@ -37,6 +38,9 @@ _MAX_BLOCK_SIZE = 2**16
 _MAX_STATE_BYTES = 2**16
 # The longest that a float32's value gets when Python prints it.
 _MAX_OFFSET = "-1.1754943508222875e-38"
+_MAX_FLOAT32 = torch.finfo(torch.float32).max
+# A number as JSON has it.
+_OFFSET = re.compile(rb'"nested_offset": (-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?)(?=[,}])')
 
 
 class QuantState(NamedTuple):
@@ -81,16 +85,22 @@ class Parts(NamedTuple):
 
 def parts_of(name: str, state: QuantState) -> Parts:
     """Names, dtypes and shapes of the tensors that store the weight `name`."""
-    n_weights = prod(state.shape)
-    n_blocks = -(-n_weights // state.block_size)
-    nested = state.nested_block_size
+    n_codes, n_blocks, n_nested = _counts(state.shape, state.block_size, state.nested_block_size)
+    nested = state.nested_block_size is not None
     return Parts(
-        codes=TensorPlan(name, torch.uint8, (-(-n_weights // 2), 1)),
+        codes=TensorPlan(name, torch.uint8, (n_codes, 1)),
         absmax=TensorPlan(f"{name}.absmax", torch.uint8 if nested else torch.float32, (n_blocks,)),
         levels=TensorPlan(f"{name}.quant_map", torch.float32, (16,)),
-        nested_absmax=TensorPlan(f"{name}.nested_absmax", torch.float32, (-(-n_blocks // nested),)) if nested else None,
+        nested_absmax=TensorPlan(f"{name}.nested_absmax", torch.float32, (n_nested,)) if nested else None,
         nested_levels=TensorPlan(f"{name}.nested_quant_map", torch.float32, (256,)) if nested else None,
     )
+
+
+def _counts(shape: tuple[int, ...], block_size: int, nested_block_size: int | None) -> tuple[int, int, int]:
+    """Bytes of codes, blocks, and nested blocks (0 without double quantization)."""
+    n_weights = prod(shape)
+    n_blocks = -(-n_weights // block_size)
+    return -(-n_weights // 2), n_blocks, -(-n_blocks // nested_block_size) if nested_block_size else 0
 
 
 def state_name(name: str, kind: str) -> str:
@@ -98,16 +108,9 @@ def state_name(name: str, kind: str) -> str:
     return f"{name}{_STATE}{kind}"
 
 
-def weight_of_state(name: str) -> tuple[str, str] | None:
-    """The weight and the kind that a tensor named `name` is the JSON of; None for any other tensor."""
-    weight, found, kind = name.rpartition(_STATE)
-    return (weight, kind) if found else None
-
-
-def weight_of_component(name: str) -> str | None:
-    """The weight that a tensor named `name` would be the scales or levels of; None for any other tensor."""
-    weight, dot, last = name.rpartition(".")
-    return weight if weight and f"{dot}{last}" in _COMPONENTS else None
+def tensors_beside(name: str, kind: str) -> tuple[str, ...]:
+    """The names that the tensors beside the codes of the weight `name` may have."""
+    return (state_name(name, kind), *(f"{name}{component}" for component in _COMPONENTS))
 
 
 def parse_quant_state(data: bytes, *, kind: str, what: str) -> QuantState:
@@ -134,27 +137,54 @@ def parse_quant_state(data: bytes, *, kind: str, what: str) -> QuantState:
 def read_states(folder: CheckpointFolder) -> dict[str, QuantState]:
     """The JSON of every 4-bit weight of a folder, with the tensors beside each checked against it.
 
-    FormatError names the weight and the field or tensor that is wrong.
+    Nothing is mapped. FormatError names the weight and the field or tensor that is wrong.
     """
-    names = set(folder.names)
-    states: dict[str, QuantState] = {}
-    for name in folder.names:
-        weight, kind = weight_of_state(name) or (None, "")
-        if weight is None:
+    in_order = folder.names
+    names = set(in_order)
+    kinds: dict[str, str] = {}
+    components: list[str] = []
+    for name in in_order:
+        if name.endswith(_COMPONENTS):
+            components.append(name)
+            continue
+        weight, is_state, kind = name.rpartition(_STATE)
+        if not is_state:
             continue
         what = f"{folder.path}: weight {weight!r}"
-        if weight in states or weight not in names:
-            raise FormatError(f"{what} has {'two quant_states' if weight in states else 'a quant_state but no codes'}")
+        if weight in kinds or weight not in names:
+            raise FormatError(f"{what} has {'two quant_states' if weight in kinds else 'a quant_state but no codes'}")
         info = folder.info(name)
         if info.dtype != torch.uint8 or len(info.shape) != 1 or info.end - info.start > _MAX_STATE_BYTES:
             raise FormatError(f"{what}: quant_state is no list of at most {_MAX_STATE_BYTES:,} bytes (U8)")
-        states[weight] = parse_quant_state(folder.tensor(name).numpy().tobytes(), kind=kind, what=what)
-        _check_parts(folder, weight, states[weight], names, what)
-    for name in folder.names:
-        weight = weight_of_component(name)
-        if weight in names and weight not in states:
+        kinds[weight] = kind
+    for name in components:
+        weight = name.rpartition(".")[0]
+        if weight in names and weight not in kinds:
             raise FormatError(f"{folder.path}: weight {weight!r} has {name!r} but no quant_state")
+    states: dict[str, QuantState] = {}
+    known: dict[tuple[bytes, str], QuantState] = {}
+    for name, data in folder.read(state_name(weight, kind) for weight, kind in kinds.items()):
+        weight = name.rpartition(_STATE)[0]
+        what = f"{folder.path}: weight {weight!r}"
+        states[weight] = _parse_alike(data, known, kind=kinds[weight], what=what)
+        _check_parts(folder, weight, states[weight], names, what)
     return states
+
+
+def _parse_alike(data: bytes, known: dict[tuple[bytes, str], QuantState], *, kind: str, what: str) -> QuantState:
+    """As `parse_quant_state`, but that JSON which differs from one in `known` by its offset alone isn't parsed again.
+
+    That is so for the same weight of every layer.
+    """
+    # A flat object without escapes, in which the key stands once, can mean that key only in one way.
+    plain = data.count(b"{") == 1 and data.count(b"nested_offset") == 1 and b"\\" not in data
+    match = _OFFSET.search(data) if plain else None
+    if match is None:
+        return parse_quant_state(data, kind=kind, what=what)
+    alike = (data[: match.start(1)] + b"0" + data[match.end(1) :].rstrip(b" "), kind)
+    if alike not in known:
+        known[alike] = parse_quant_state(alike[0], kind=kind, what=what)
+    return QuantState(*known[alike][:-1], _checked_offset(float(match[1]), what))
 
 
 def _check_parts(folder: CheckpointFolder, weight: str, state: QuantState, names: set[str], what: str) -> None:
@@ -168,13 +198,14 @@ def _check_parts(folder: CheckpointFolder, weight: str, state: QuantState, names
     for plan in parts[1:]:
         if plan is None:
             continue
-        if plan.name not in names:
-            raise FormatError(f"{what} lacks its {plan.name.removeprefix(f'{weight}.')}")
-        info = folder.info(plan.name)
-        if info[:2] != plan[1:]:
+        name, dtype, shape = plan
+        if name not in names:
+            raise FormatError(f"{what} lacks its {name.removeprefix(f'{weight}.')}")
+        info = folder.info(name)
+        if info.shape != shape or info.dtype != dtype:
             raise FormatError(
-                f"{what}: {plan.name.removeprefix(f'{weight}.')} is {dtype_name(info.dtype)} {list(info.shape)}"
-                f" where {dtype_name(plan.dtype)} {list(plan.shape)} is needed"
+                f"{what}: {name.removeprefix(f'{weight}.')} is {dtype_name(info.dtype)} {list(info.shape)}"
+                f" where {dtype_name(dtype)} {list(shape)} is needed"
             )
 
 
@@ -186,9 +217,13 @@ def _nested(plain: QuantState, fields: Mapping[str, Any], what: str) -> QuantSta
     _require_block_size(block_size, f"{what}: quant_state has nested_blocksize")
     if dtype != "float32":
         raise FormatError(f"{what}: quant_state has nested_dtype {_shown(dtype)}; only float32 is read")
-    if isinstance(offset, bool) or not isinstance(offset, int | float) or abs(offset) > torch.finfo(torch.float32).max:
-        raise FormatError(f"{what}: quant_state has nested_offset {_shown(offset)}, which is no float32")
-    return plain._replace(nested_block_size=block_size, nested_offset=float(offset))
+    return plain._replace(nested_block_size=block_size, nested_offset=_checked_offset(offset, what))
+
+
+def _checked_offset(value: Any, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > _MAX_FLOAT32:
+        raise FormatError(f"{what}: quant_state has nested_offset {_shown(value)}, which is no float32")
+    return float(value)
 
 
 def _require_block_size(value: Any, where: str) -> None:

@@ -11,17 +11,24 @@ import torch
 from torch import Tensor
 
 from qlora_formats.ahead import in_order
-from qlora_formats.checkpoint import CONFIG, CheckpointFolder, require_folder, shard_names, write_index
+from qlora_formats.checkpoint import (
+    CONFIG,
+    CheckpointFolder,
+    collector_paused,
+    require_folder,
+    shard_names,
+    write_index,
+)
 from qlora_formats.commit import PartialFolder
 from qlora_formats.errors import FormatError
 from qlora_formats.layout import PAGE_BYTES, Piece, StorePlan, place
+from qlora_formats.loading import Load
 from qlora_formats.manifest import Manifest
 from qlora_formats.quant_state import (
     QuantState,
     parts_of,
     read_states,
-    weight_of_component,
-    weight_of_state,
+    tensors_beside,
 )
 from qlora_formats.strict_json import pretty, read_object
 from qlora_formats.tensorfile import ByteSink, TensorPlan, header_bytes, tensor_bytes
@@ -56,20 +63,22 @@ class Store:
     def __init__(self, folder: CheckpointFolder, states: Mapping[str, QuantState]) -> None:
         self._folder = folder
         self._states = states
-        self.names = [
-            name for name in folder.names if weight_of_state(name) is None and weight_of_component(name) not in states
-        ]
+        beside = {name for weight, state in states.items() for name in tensors_beside(weight, state.kind)}
+        self.names = [name for name in folder.names if name not in beside]
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Path, *, load: Load = "mmap") -> Self:
         """Check the folder `path`; FormatError names the file or the weight and the field that is wrong.
 
-        No tensors are held: `weight` gives views of the mapped shards.
+        No tensors are held: `weight` gives views of the mapped shards, or reads, as `load` says.
         """
-        folder = CheckpointFolder.open(path)
-        if not _is_four_bit(folder.config):
-            raise FormatError(f"{path} is not a 4-bit checkpoint: {CONFIG} has no quantization_config of bitsandbytes")
-        return cls(folder, read_states(folder))
+        with collector_paused():
+            folder = CheckpointFolder.open(path, load=load)
+            if not _is_four_bit(folder.config):
+                raise FormatError(
+                    f"{path} is not a 4-bit checkpoint: {CONFIG} has no quantization_config of bitsandbytes"
+                )
+            return cls(folder, read_states(folder))
 
     @property
     def path(self) -> Path:
@@ -118,7 +127,7 @@ class Store:
         return 8 * sum(part.n_bytes for part in counted) / prod(self.shape(name))
 
     def weight(self, name: str) -> StoredWeight | Tensor:
-        """One weight as views of the mapped file; FormatError if there is none of that name."""
+        """One weight as views of the mapped file, or read; FormatError if there is none of that name."""
         state = self._states.get(name)
         if state is None:
             return self._folder.tensor(name)

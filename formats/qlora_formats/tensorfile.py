@@ -1,11 +1,11 @@
-"""Reading a safetensors file through a memory mapping, and writing one tensor by tensor."""
+"""Reading a safetensors file, mapped or read, and writing one tensor by tensor."""
 
 import json
 import mmap
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple, Protocol, Self
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from qlora_formats.errors import FormatError
 from qlora_formats.header import METADATA, Header, read_header
+from qlora_formats.held_file import HeldFile
+from qlora_formats.loading import Load
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -35,9 +37,9 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-# Private pages of a file are never written here, so no swap space need be set aside for them: without this flag Linux
-# refuses to map a file larger than its memory. Python 3.11 has no name for it.
-_NO_RESERVE = 0x4000 if platform.system() == "Linux" and platform.machine() in {"x86_64", "aarch64"} else 0
+# Small tensors with less than this between them are read at once, up to that many bytes.
+_GAP_BYTES = 4096
+_RUN_BYTES = 2**20
 
 
 class TensorInfo(NamedTuple):
@@ -68,34 +70,44 @@ class ByteSink(Protocol):
 
 
 class TensorFile:
-    """A safetensors file: its checked header, and its tensors as views of a mapping made at the first use."""
+    """A safetensors file: its checked header, and its tensors, each a view of a mapping or read when asked for.
 
-    def __init__(self, path: Path, header: Header) -> None:
+    The file is opened at the first use, and must then be as it was when its header was read. From there on it is held:
+    one that is replaced goes on being read as it was.
+    """
+
+    def __init__(self, path: Path, header: Header, *, load: Load = "mmap") -> None:
         self.path = path
         self.metadata = header.metadata
         self.infos = {
             name: TensorInfo(DTYPES[dtype], shape, start, end)
             for name, (dtype, shape, start, end) in header.entries.items()
         }
-        self._file_bytes = header.file_bytes
+        self._stamp = header.stamp
+        self._load = load
+        self._lock = Lock()
+        self._held: HeldFile | None = None
         self._mapping: mmap.mmap | None = None
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Path, *, load: Load = "mmap") -> Self:
         """Check the header of `path`; FormatError where anything is wrong with it. No tensor is read."""
-        return cls(path, read_header(path))
+        return cls(path, read_header(path), load=load)
 
     def tensor(self, name: str) -> Tensor:
-        """A view of the file's own bytes, which keeps the mapping alive; what is written to it stays in memory.
+        """One tensor, by the way of loading that `open` was told.
 
-        A tensor whose bytes do not lie on a multiple of its element size is copied. FormatError if there is no such
-        tensor or the file has changed its size since `open`.
+        "mmap": a view of the file's own bytes, which keeps the mapping alive; what is written to it stays in memory. A
+        tensor whose bytes do not lie on a multiple of its element size is copied. "read": a new tensor each time.
+        FormatError if there is no such tensor, or the file has changed since `open`.
         """
-        info = self.infos.get(name)
-        if info is None:
-            raise FormatError(f"{self.path} has no tensor {name!r}")
+        info = self._info(name)
         if info.start == info.end:
             return torch.empty(info.shape, dtype=info.dtype)
+        if self._load == "read":
+            flat = torch.empty(info.end - info.start, dtype=torch.uint8)
+            self._file().read_into(flat.numpy().data, start=info.start)
+            return flat.view(info.dtype).view(info.shape)
         mapping = self._mapped()
         if info.start % info.dtype.itemsize:
             flat = torch.frombuffer(mapping, dtype=torch.uint8, count=info.end - info.start, offset=info.start)
@@ -113,22 +125,49 @@ class TensorFile:
         if self._mapping is not None and info.end > start:
             self._mapping.madvise(mmap.MADV_DONTNEED, start, info.end - start)
 
+    def read(self, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+        """The bytes of a few small tensors, without mapping anything; those that lie together are read at once."""
+        places = sorted((*self._info(name)[2:], name) for name in names)
+        for run in _runs(places):
+            start = run[0][0]
+            data = bytearray(run[-1][1] - start)
+            self._file().read_into(memoryview(data), start=start)
+            for begin, end, name in run:
+                yield name, bytes(data[begin - start : end - start])
+
+    def _info(self, name: str) -> TensorInfo:
+        info = self.infos.get(name)
+        if info is None:
+            raise FormatError(f"{self.path} has no tensor {name!r}")
+        return info
+
+    def _file(self) -> HeldFile:
+        # Several threads may be the first to ask.
+        with self._lock:
+            if self._held is None:
+                self._held = HeldFile(self.path, self._stamp)
+        return self._held
+
     def _mapped(self) -> mmap.mmap:
-        try:
+        file = self._file()
+        # A read beyond the end of a file that shrank would kill the process.
+        file.require_its_size()
+        with self._lock:
             if self._mapping is None:
-                with self.path.open("rb") as file:
-                    self._mapping = mmap.mmap(
-                        file.fileno(),
-                        self._file_bytes,
-                        flags=mmap.MAP_PRIVATE | _NO_RESERVE,
-                        prot=mmap.PROT_READ | mmap.PROT_WRITE,
-                    )
-            # A read beyond the end of a file that shrank would kill the process.
-            if self._mapping.size() == self._file_bytes:
-                return self._mapping
-        except (OSError, ValueError) as error:
-            raise FormatError(f"cannot map {self.path} into memory: {error}") from error
-        raise FormatError(f"{self.path} has changed its size since it was opened: is another program writing it?")
+                self._mapping = file.mapped()
+        return self._mapping
+
+
+def _runs(places: Sequence[tuple[int, int, str]]) -> Iterator[list[tuple[int, int, str]]]:
+    """Split places that are sorted by their start where the gaps, or what would be read at once, get large."""
+    run: list[tuple[int, int, str]] = []
+    for place in places:
+        if run and (place[0] - run[-1][1] > _GAP_BYTES or place[1] - run[0][0] > _RUN_BYTES):
+            yield run
+            run = []
+        run.append(place)
+    if run:
+        yield run
 
 
 def dtype_name(dtype: torch.dtype) -> str:

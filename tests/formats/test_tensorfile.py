@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora_formats.errors import FormatError
 from qlora_formats.header import read_header
+from qlora_formats.loading import Load
 from qlora_formats.tensorfile import DTYPES, TensorFile, TensorPlan, write_tensors
 
 SHAPES = [(), (1,), (7, 13), (3, 1, 5), (0,), (4, 0, 2), (255, 3)]
@@ -27,6 +29,12 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(
         a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8)
     )
+
+
+@pytest.fixture(params=["mmap", "read"])
+def load(request: pytest.FixtureRequest) -> Load:
+    way: Load = request.param
+    return way
 
 
 @pytest.fixture
@@ -55,9 +63,9 @@ def test_the_library_reads_what_we_write(tmp_path: Path, tensors: dict[str, torc
     assert first.start % alignment == 0
 
 
-def test_we_read_what_the_library_writes(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def test_we_read_what_the_library_writes(tmp_path: Path, tensors: dict[str, torch.Tensor], load: Load) -> None:
     save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
-    file = TensorFile.open(tmp_path / "x.safetensors")
+    file = TensorFile.open(tmp_path / "x.safetensors", load=load)
     assert file.metadata == {"format": "pt"}
     assert file.infos.keys() == tensors.keys()
     assert all(same_bytes(file.tensor(name), tensors[name]) for name in tensors)
@@ -84,10 +92,10 @@ def test_writing_to_a_view_never_reaches_the_file(tmp_path: Path) -> None:
     assert (tmp_path / "x.safetensors").read_bytes() == before
 
 
-def test_a_tensor_at_an_odd_address_is_read_all_the_same(tmp_path: Path) -> None:
+def test_a_tensor_at_an_odd_address_is_read_all_the_same(tmp_path: Path, load: Load) -> None:
     tensors = {"a": torch.tensor([7], dtype=torch.uint8), "b": torch.randn(5), "c": torch.randn(3).bfloat16()}
     write(tmp_path / "x.safetensors", tensors)
-    file = TensorFile.open(tmp_path / "x.safetensors")
+    file = TensorFile.open(tmp_path / "x.safetensors", load=load)
     assert file.infos["b"].start % 4 == 1
     assert all(torch.equal(file.tensor(name), tensors[name]) for name in tensors)
 
@@ -116,19 +124,91 @@ def test_bytes_are_written_as_they_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("new_size", [0, 100, 10_000])
-@pytest.mark.parametrize("mapped", [False, True], ids=["before mapping", "after mapping"])
+@pytest.mark.parametrize("used", [False, True], ids=["before the first use", "after the first use"])
 def test_a_file_that_changed_its_size_is_an_error_and_not_a_bus_error(
-    tmp_path: Path, new_size: int, mapped: bool
+    tmp_path: Path, load: Load, new_size: int, used: bool
 ) -> None:
     path = tmp_path / "x.safetensors"
     save_file({"w": torch.randn(2000)}, path)
-    file = TensorFile.open(path)
-    if mapped:
+    file = TensorFile.open(path, load=load)
+    if used:
         file.tensor("w")
     with path.open("r+b") as stream:
         stream.truncate(new_size)
-    with pytest.raises(FormatError, match=r"cannot map|changed its size since it was opened"):
+    if load == "read" and used and new_size == 10_000:
+        # What was there is still there.
         file.tensor("w")
+        return
+    with pytest.raises(FormatError, match=r"x\.safetensors has changed its size since it was opened"):
+        file.tensor("w")
+
+
+@pytest.mark.parametrize("how", ["in place", "by another file"])
+def test_a_file_that_was_written_anew_before_its_first_use_is_an_error(tmp_path: Path, load: Load, how: str) -> None:
+    path, other = tmp_path / "x.safetensors", tmp_path / "other"
+    save_file({"w": torch.zeros(2000)}, path)
+    file = TensorFile.open(path, load=load)
+    save_file({"w": torch.ones(2000)}, other)
+    os.utime(other, ns=(0, path.stat().st_mtime_ns + 1))
+    if how == "in place":
+        path.write_bytes(other.read_bytes())
+        os.utime(path, ns=(0, other.stat().st_mtime_ns))
+    else:
+        other.replace(path)
+    with pytest.raises(FormatError, match=r"x\.safetensors was changed or replaced since it was opened: run"):
+        file.tensor("w")
+    with pytest.raises(FormatError, match=r"was changed or replaced"):
+        list(file.read(["w"]))
+
+
+def test_a_file_that_is_replaced_or_deleted_after_its_first_use_is_read_as_it_was(tmp_path: Path, load: Load) -> None:
+    path, other = tmp_path / "x.safetensors", tmp_path / "other"
+    save_file({"w": torch.zeros(2000), "v": torch.zeros(3)}, path)
+    file = TensorFile.open(path, load=load)
+    file.tensor("v")
+    save_file({"w": torch.ones(2000), "v": torch.ones(3)}, other)
+    other.replace(path)
+    assert not file.tensor("w").any()
+    path.unlink()
+    assert not file.tensor("w").any()
+
+
+def test_what_is_read_is_the_callers_own_and_nothing_is_mapped(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    weight = torch.randn(100, 30)
+    save_file({"w": weight, "e": torch.empty(0, 3)}, path)
+    file = TensorFile.open(path, load="read")
+    first, second = file.tensor("w"), file.tensor("w")
+    first.fill_(7.0)
+    assert torch.equal(second, weight)
+    assert file.tensor("e").shape == (0, 3)
+    maps = Path("/proc/self/maps")
+    assert not maps.exists() or str(path) not in maps.read_text()
+
+
+def test_small_tensors_are_read_in_any_order_and_across_gaps(tmp_path: Path) -> None:
+    sizes = {"a": 3, "b": 5000, "c": 1, "d": 0, "e": 4096, "f": 9, "g": 2**20, "h": 2}
+    tensors = {name: some_tensor(torch.uint8, (size,)) for name, size in sizes.items()}
+    write(tmp_path / "x", tensors)
+    file = TensorFile.open(tmp_path / "x")
+    for names in (list(sizes), ["h", "c", "a"], ["g"], ["d"], [], ["f", "a"]):
+        assert dict(file.read(names)) == {name: tensors[name].numpy().tobytes() for name in names}
+    with pytest.raises(FormatError, match="has no tensor 'z'"):
+        list(file.read(["a", "z"]))
+
+
+def test_files_are_closed_when_nothing_refers_to_their_tensors(tmp_path: Path, load: Load) -> None:
+    def is_held() -> bool:
+        return any(fd.resolve() == path for fd in Path("/proc/self/fd").iterdir())
+
+    path = tmp_path / "x.safetensors"
+    save_file({"w": torch.zeros(2000)}, path)
+    file = TensorFile.open(path, load=load)
+    assert not is_held()
+    weight = file.tensor("w")
+    assert is_held()
+    del file, weight
+    assert not is_held()
 
 
 def test_a_missing_tensor_or_file_is_named(tmp_path: Path) -> None:
