@@ -108,9 +108,9 @@ def state_name(name: str, kind: str) -> str:
     return f"{name}{_STATE}{kind}"
 
 
-def tensors_beside(name: str, kind: str) -> tuple[str, ...]:
-    """The names that the tensors beside the codes of the weight `name` may have."""
-    return (state_name(name, kind), *(f"{name}{component}" for component in _COMPONENTS))
+def components_of(name: str) -> list[str]:
+    """The names that the scales and levels of the weight `name` have, in the order of `Parts`, nested ones included."""
+    return [f"{name}{component}" for component in _COMPONENTS]
 
 
 def parse_quant_state(data: bytes, *, kind: str, what: str) -> QuantState:

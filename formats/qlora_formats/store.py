@@ -26,9 +26,10 @@ from qlora_formats.loading import Load
 from qlora_formats.manifest import Manifest
 from qlora_formats.quant_state import (
     QuantState,
+    components_of,
     parts_of,
     read_states,
-    tensors_beside,
+    state_name,
 )
 from qlora_formats.strict_json import pretty, read_object
 from qlora_formats.tensorfile import ByteSink, TensorPlan, header_bytes, tensor_bytes
@@ -63,7 +64,8 @@ class Store:
     def __init__(self, folder: CheckpointFolder, states: Mapping[str, QuantState]) -> None:
         self._folder = folder
         self._states = states
-        beside = {name for weight, state in states.items() for name in tensors_beside(weight, state.kind)}
+        beside = {state_name(weight, state.kind) for weight, state in states.items()}
+        beside.update(name for weight in states for name in components_of(weight))
         self.names = [name for name in folder.names if name not in beside]
 
     @classmethod
@@ -252,7 +254,8 @@ def _write_shard(
     held: dict[str, StoredWeight] = {}
     last = {piece.weight: index for index, piece in enumerate(pieces)}
     with folder.create(name) as stream:
-        stream.write(header_bytes([piece.plan for piece in pieces], metadata={"format": "pt"}, alignment=PAGE_BYTES))
+        header = header_bytes([piece.plan for piece in pieces], metadata={"format": "pt"}, alignment=PAGE_BYTES)
+        stream.write(header)
         for index, (plan, weight, part) in enumerate(pieces):
             data: Tensor | bytes
             # A kept tensor is one piece; of a packed weight the codes come first and are let go at once.
@@ -276,7 +279,7 @@ def _write_shard(
                 written(weight)
             if index == last[weight]:
                 held.pop(weight, None)
-        stream.facts["tensors"] = known
+        stream.facts.update(header=hashlib.sha256(header).hexdigest(), tensors=known)
 
 
 def _write_tensor(stream: ByteSink, plan: TensorPlan, data: Tensor | bytes) -> None:
