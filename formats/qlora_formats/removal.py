@@ -19,10 +19,25 @@ def remove_folder(folder: Path) -> None:
     """
     _names_to_delete(folder, Manifest.read(folder))
     for discarded in sorted(folder.parent.glob(f".*{_DISCARDED}")):
-        _delete(discarded)
-    discarded = folder.with_name(f".{folder.name}{_DISCARDED}")
-    disk.rename(folder, discarded)
-    _delete(discarded)
+        if _is_ours(discarded):
+            _delete(discarded)
+    disk.rename(folder, _discarded(folder))
+    _delete(_discarded(folder))
+
+
+def finish_removal(folder: Path) -> None:
+    """Clear what a crash left of an earlier `remove_folder(folder)`, if anything."""
+    if _is_ours(_discarded(folder)):
+        _delete(_discarded(folder))
+
+
+def _discarded(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}{_DISCARDED}")
+
+
+def _is_ours(discarded: Path) -> bool:
+    # The manifest goes last: without it nothing else of ours is left.
+    return (discarded / MANIFEST).is_file() or (discarded.is_dir() and not any(discarded.iterdir()))
 
 
 def _delete(folder: Path) -> None:

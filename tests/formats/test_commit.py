@@ -1,5 +1,6 @@
 """The commit protocol: the old state or the new one, whatever happens in between."""
 
+import contextlib
 import errno
 import os
 import stat
@@ -13,7 +14,7 @@ from qlora_formats import commit, disk
 from qlora_formats.commit import AppendFile, commit_folder, write_file
 from qlora_formats.errors import CommitError, FormatError
 from qlora_formats.manifest import MANIFEST, Manifest
-from qlora_formats.removal import remove_folder, set_aside
+from qlora_formats.removal import finish_removal, remove_folder, set_aside
 from qlora_formats.target import finished, require_space
 
 INPUTS = {"source": {"sha256": "ab" * 32}, "settings": {"block_size": 64, "kinds": ["nf4", "fp4"]}}
@@ -420,6 +421,32 @@ def test_a_stopped_removal_is_never_seen_and_is_cleared_by_the_next(world: World
         world.arm(-1)
         remove_folder(new)
         assert not list(old.parent.iterdir())
+
+
+def test_a_stopped_removal_can_be_finished_for_one_folder(world: World, tmp_path: Path) -> None:
+    for moment in range(18):
+        folder = tmp_path / str(moment) / "scratch"
+        world.arm(-1)
+        make(folder)
+        world.arm(moment)
+        with contextlib.suppress(Stop):
+            remove_folder(folder)
+        world.arm(-1)
+        finish_removal(folder)
+        # Only before its renaming is it still whole.
+        assert [path.name for path in folder.parent.iterdir()] in ([], ["scratch"])
+        assert not folder.exists() or Manifest.read(folder)
+
+
+def test_a_folder_of_a_stranger_that_looks_discarded_stays(tmp_path: Path) -> None:
+    make(tmp_path / "step-1")
+    (tmp_path / ".mine.discarded").mkdir()
+    (tmp_path / ".mine.discarded" / "notes.txt").write_text("mine")
+    (tmp_path / ".file.discarded").write_text("mine")
+    remove_folder(tmp_path / "step-1")
+    finish_removal(tmp_path / "mine")
+    finish_removal(tmp_path / "file")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [".file.discarded", ".mine.discarded", "notes.txt"]
 
 
 def test_a_damaged_folder_is_set_aside_under_the_next_free_name(tmp_path: Path) -> None:
