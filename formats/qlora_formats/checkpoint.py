@@ -1,7 +1,7 @@
 """A Hugging Face model folder: config.json beside model.safetensors, or beside shards and their index."""
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +21,8 @@ CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLED_WEIGHTS = "pytorch_model.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
 
 # What belongs to a model without being its weights or its config, and goes along with every model made from it.
 CARRIED = (
@@ -109,7 +111,7 @@ class CheckpointFolder:
         """
         found = sorted({file for pattern in CARRIED for file in self.path.glob(pattern) if file.is_file()})
         for file in found:
-            _require_inside(self.path, file)
+            require_inside(file)
         return found
 
     def _file_of(self, name: str) -> TensorFile:
@@ -199,20 +201,16 @@ def _open_weights(path: Path, *, load: Load) -> dict[str, TensorFile]:
         return {WEIGHTS: TensorFile.open(path / WEIGHTS, load=load)}
     if not (path / INDEX).is_file():
         raise FormatError(f"{path} holds no weights: neither {WEIGHTS} nor {INDEX}{_instead(path)}")
-    weight_map = _weight_map(path / INDEX)
-    files = {name: TensorFile.open(_shard(path, name), load=load) for name in sorted(set(weight_map.values()))}
+    index = path / INDEX
+    weight_map = read_index(index)
+    files = {name: TensorFile.open(shard_path(index, name), load=load) for name in sorted(set(weight_map.values()))}
     for name, file in files.items():
-        for tensor in file.infos:
-            if weight_map.get(tensor) != name:
-                there = f"in {weight_map[tensor]}" if tensor in weight_map else "nowhere"
-                raise FormatError(f"{file.path} holds the tensor {tensor!r}, which {INDEX} places {there}")
-    for tensor, name in weight_map.items():
-        if tensor not in files[name].infos:
-            raise FormatError(f"{path / name} lacks the tensor {tensor!r} that {INDEX} places there")
+        check_shard(index, weight_map, name, tensors=file.infos)
     return files
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def read_index(index: Path) -> dict[str, str]:
+    """Which file holds which tensor, by an index; FormatError unless every file is named plainly."""
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{index} has no weight_map from tensors to files")
@@ -224,19 +222,36 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _shard(folder: Path, name: str) -> Path:
-    path = folder / name
+def shard_path(index: Path, name: str) -> Path:
+    """The file that an index names; FormatError unless it lies in the index's own folder."""
+    path = index.parent / name
     if not path.is_file():
-        raise FormatError(f"{folder} lacks the shard {name} that {INDEX} names: fetch or make the folder again")
-    _require_inside(folder, path)
+        raise FormatError(
+            f"{path.parent} lacks the shard {name} that {index.name} names: fetch or make the folder again"
+        )
+    require_inside(path)
     return path
 
 
-def _require_inside(folder: Path, path: Path) -> None:
-    inside = {folder.resolve()}
-    if folder.resolve().parent.name == "snapshots":
+def check_shard(index: Path, weight_map: Mapping[str, str], name: str, *, tensors: Collection[str]) -> None:
+    """FormatError unless the shard `name` holds just the tensors that its index places there."""
+    path = index.parent / name
+    for tensor in tensors:
+        if weight_map.get(tensor) != name:
+            there = f"in {weight_map[tensor]}" if tensor in weight_map else "nowhere"
+            raise FormatError(f"{path} holds the tensor {tensor!r}, which {index.name} places {there}")
+    for tensor, holder in weight_map.items():
+        if holder == name and tensor not in tensors:
+            raise FormatError(f"{path} lacks the tensor {tensor!r} that {index.name} places there")
+
+
+def require_inside(path: Path) -> None:
+    """FormatError if `path` is a link that leads out of its folder."""
+    folder = path.parent.resolve()
+    inside = {folder}
+    if folder.parent.name == "snapshots":
         # The Hub's cache: snapshots/REVISION/NAME links to blobs/HASH.
-        inside.add(folder.resolve().parent.parent / "blobs")
+        inside.add(folder.parent.parent / "blobs")
     if path.resolve().parent not in inside:
         raise FormatError(f"{path} is a link that leads out of its folder, to {path.resolve()}: copy the file there")
 
@@ -244,6 +259,12 @@ def _require_inside(folder: Path, path: Path) -> None:
 def _instead(path: Path) -> str:
     if (path / "adapter_config.json").is_file():
         return "; it is an adapter, which is used together with its base model"
+    for name in (PICKLED_WEIGHTS, PICKLED_INDEX):
+        if (path / name).is_file():
+            return (
+                f"; its weights are pickles ({name}), and loading one can run code: convert them to safetensors,"
+                " or quantize with --allow-pickle, which reads them in a confined process"
+            )
     pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
     if pickled:
         return f"; {pickled[0]} is a pickle, which is not read: convert it to safetensors first"

@@ -120,7 +120,8 @@ MODELS: dict[str, tuple[Damage, str]] = {
     ),
     "only a pickle": (
         lambda path: [remove(INDEX)(path), write("pytorch_model.bin", b"\x80\x02")(path)],
-        "pytorch_model.bin is a pickle, which is not read: convert it to safetensors first",
+        "its weights are pickles (pytorch_model.bin), and loading one can run code: convert them to safetensors,"
+        " or quantize with --allow-pickle",
     ),
     "an adapter": (
         lambda path: [remove("config.json")(path), write("adapter_config.json", "{}")(path)],
