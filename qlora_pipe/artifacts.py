@@ -31,6 +31,8 @@ class Model:
     weights: CheckpointFolder | Store
     repo: str | None
     revision: str | None
+    made_from: Mapping[str, str] | None = None
+    """Where the folder only stands in for other files, such as pickles: the sha256 of those, by name."""
 
     @classmethod
     def open(cls, name: str | Path) -> Self:
@@ -54,6 +56,8 @@ class Model:
 
     def identified(self, *, progress: Callable[[int, int], None] = lambda _done, _total: None) -> dict[str, Any]:
         """As `identity`, which reads every byte of a folder without a manifest; `progress` may raise to end it."""
+        if self.made_from is not None:
+            return {"sha256": dict(self.made_from)} | self._named
         if self.weights.manifest is not None:
             return {"manifest": self.weights.manifest.digest} | self._named
         found = hash_files(self._content_files, progress=progress)
@@ -65,7 +69,7 @@ class Model:
 
         It tells whether a folder is still what it was a while ago, on this machine; it has no place in what is kept.
         """
-        if self.weights.manifest is not None:
+        if self.made_from is not None or self.weights.manifest is not None:
             return self.identity
         states = {path.name: path.stat() for path in self._content_files}
         files = {name: f"{state.st_size} bytes, changed {state.st_mtime_ns}" for name, state in states.items()}

@@ -42,6 +42,7 @@ class QuantizeConfig:
     shard_mib: int = setting(
         4096, "Largest file of the store, in MiB; a file is split between layers only.", at_least=1
     )
+    allow_pickle: bool = setting(False, "Read pickled weights (pytorch_model.bin) too, in a confined process.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

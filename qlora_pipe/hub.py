@@ -7,7 +7,7 @@ to that library.
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +32,7 @@ _READ = (
     *("*.json", "*.safetensors", "tokenizer*", "*.model", "vocab*", "merges*", "chat_template*"),
     *("LICENSE*", "NOTICE*", CARD),
 )
-_PICKLES = ("*.bin",)
+_PICKLES = ("pytorch_model*.bin",)
 _NOT_READ = ("*/*", "consolidated*.safetensors")
 _NOT_PUSHED = (".*", "*/*", "*.lock", "*.partial", JOURNAL)
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
@@ -52,8 +52,9 @@ class Resolved(NamedTuple):
 def resolve(name: str, *, allow_pickle: bool = False) -> Resolved:
     """Find a model by its folder, or fetch it by its Hub id `NAME`, `USER/NAME` or either with `@REVISION`.
 
-    A folder comes first. From the Hub come only the files that are read here (`*.bin` among them if `allow_pickle`),
-    into the library's cache; an interrupted download goes on where it was. Raises MissingInputError where there is
+    A folder comes first. From the Hub come only the files that are read here, into the library's cache; pickled
+    weights (`pytorch_model*.bin`) only if `allow_pickle` and the repository has no safetensors. An interrupted
+    download goes on where it was. Raises MissingInputError where there is
     neither folder nor repository, NetworkError where the Hub does not answer or refuses.
     """
     folder = Path(name).expanduser() if name.startswith("~/") else Path(name)
@@ -66,23 +67,30 @@ def resolve(name: str, *, allow_pickle: bool = False) -> Resolved:
     try:
         huggingface_hub.utils.validate_repo_id(repo)  # type: ignore[attr-defined]
         _announce(f"fetching what the cache lacks of {name} from {_shown(endpoint)}")
-        snapshot = huggingface_hub.snapshot_download(
-            repo,
-            revision=revision or None,
-            endpoint=endpoint,
-            allow_patterns=[*_READ, *_PICKLES] if allow_pickle else list(_READ),
-            ignore_patterns=list(_NOT_READ),
-        )
+        path = _fetch(repo, _READ, revision=revision or None, endpoint=endpoint)
+        if allow_pickle and not any(path.glob("*.safetensors")):
+            path = _fetch(repo, _PICKLES, revision=path.name, endpoint=endpoint)
     # A server may answer anything, and the library raises as many kinds of error.
     except Exception as fault:
         raise _fetch_error(fault, name, repo=repo, revision=revision, endpoint=endpoint) from fault
-    path = Path(snapshot)
     if not any((path / config).is_file() for config in ("config.json", "adapter_config.json")):
         raise MissingInputError(
             f"the Hub repository {repo!r} holds neither config.json nor adapter_config.json,"
             " so it is no model and no adapter: check the name."
         )
     return Resolved(path, repo, path.name)
+
+
+def _fetch(repo: str, patterns: Sequence[str], *, revision: str | None, endpoint: str) -> Path:
+    return Path(
+        huggingface_hub.snapshot_download(
+            repo,
+            revision=revision,
+            endpoint=endpoint,
+            allow_patterns=list(patterns),
+            ignore_patterns=list(_NOT_READ),
+        )
+    )
 
 
 def push(folder: Path, *, repo: str, private: bool, card: str | None) -> str:

@@ -19,12 +19,15 @@ def quantize(source: str, out: Path, **settings: Any) -> None:
     The store is bitsandbytes' serialised layout: transformers and PEFT load it too. Run again after an
     interruption, it goes on where it stopped.
     """
-    from qlora_pipe.artifacts import Checkpoint
     from qlora_pipe.cli.console import Console
     from qlora_pipe.plugins import load_plugins
     from qlora_pipe.stages.quantize import quantize as stage
+    from qlora_pipe.stages.unpickle import open_source
 
     config = config_of(QuantizeConfig, settings, where="quantize")
-    with Console() as console:
-        done = stage(Checkpoint.open(source), out, config, manager=load_plugins(console), progress=console.transfer)
+    with (
+        Console() as console,
+        open_source(source, out, allow_pickle=config.allow_pickle, progress=console.transfer) as checkpoint,
+    ):
+        done = stage(checkpoint, out, config, manager=load_plugins(console), progress=console.transfer)
     click.echo(f"{out}: {done.summary}")

@@ -16,6 +16,7 @@ import pluggy
 from torch import Tensor
 
 from qlora_formats.commit import commit_folder
+from qlora_formats.errors import FormatError
 from qlora_formats.journal import survey
 from qlora_formats.layout import StorePlan
 from qlora_formats.manifest import Manifest
@@ -36,8 +37,9 @@ from qlora_pipe.precision import Precision, choose_precision
 _LEAST_AHEAD_BYTES = 128 * 2**20
 # Kernels use every core by themselves; the second thread is for what they leave to one, digests above all.
 _THREADS = 2
-# Settings that decide nothing about the bytes by their text: what they keep is named tensor by tensor.
-_NAMED_BY_EFFECT = ("keep",)
+# Settings that decide nothing about the bytes (how the source is opened), or not by their words (what is kept is named
+# tensor by tensor).
+_NOT_BY_THEIR_WORDS = ("allow_pickle", "keep")
 
 Progress = Callable[[str, int, int], None]
 
@@ -78,18 +80,25 @@ def quantize(
     architecture = find_architecture(manager, model_type)
     ties = architecture.ties(source.config)
     infos = {name: source.weights.info(name) for name in source.weights.names if name not in ties}
+    # Pickles are not read only to be compared with a store that is there; the store tells what tensors they hold.
+    names = infos or _tensors_in(out)
     precision = choose_precision(
-        infos, architecture, model_type=str(model_type), kind=config.type, keep=config.keep, manager=manager
+        names,
+        architecture,
+        model_type=str(model_type),
+        kind=config.type,
+        keep=config.keep if names else (),
+        manager=manager,
     )
-    if not precision.quantized:
-        raise DataError(f"{source.path.name} holds no weight that the {architecture.name} plugin would quantise.")
-    settings = {key: value for key, value in asdict(config).items() if key not in _NAMED_BY_EFFECT}
-    decided = {"settings": settings} | ({"kept": list(precision.kept)} if precision.kept else {})
+    settings = {key: value for key, value in asdict(config).items() if key not in _NOT_BY_THEIR_WORDS}
+    decided = {"settings": settings} | ({"kept": sorted(precision.kept)} if precision.kept else {})
     # Hashing reads the whole source. It comes first only where something is to be compared with its content.
     by_content = out.exists() or _is_begun_by_content(out)
     inputs = {"source": source.identity if by_content else source.stamp} | decided
     if (done := finished(out, kind="store", inputs=inputs)) is not None:
         return QuantizeResult(path=out, already_done=True, manifest=done)
+    if not precision.quantized:
+        raise DataError(f"{source.path.name} holds no weight that the {architecture.name} plugin would quantise.")
 
     def group_of(name: str) -> str | None:
         block = block_of(name, architecture.blocks)
@@ -102,7 +111,7 @@ def quantize(
         kind=config.type,
         block_size=config.block_size,
         double_quant=config.double_quant,
-        skip_modules=(*architecture.keep_16bit, *(name.removesuffix(".weight") for name in precision.kept)),
+        skip_modules=(*architecture.keep_16bit, *(name.removesuffix(".weight") for name in sorted(precision.kept))),
     )
     with commit_folder(out, kind="store", inputs=inputs) as work, _hashed_beside(source) as hashed:
         written = sum(record.bytes for record in work.done.values())
@@ -153,6 +162,17 @@ def quantize(
             )
         manifest = work.finish({"totals": totals}, inputs={"source": identity} | decided)
     return QuantizeResult(path=out, already_done=False, manifest=manifest)
+
+
+def _tensors_in(out: Path) -> list[str]:
+    """The tensors that a finished store lists, none where there is no such store."""
+    try:
+        manifest = Manifest.read_if_present(out)
+    except FormatError:
+        # Whoever compares with it will say what is wrong.
+        manifest = None
+    files = {} if manifest is None else manifest.files
+    return [name for record in files.values() for name in record.facts.get("tensors", {})]
 
 
 def _is_begun_by_content(out: Path) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pluggy
 
-from qlora_pipe.artifacts import Adapter, Checkpoint, open_model
+from qlora_pipe.artifacts import Adapter, open_model
 from qlora_pipe.config import ExportConfig, FinetuneConfig, MergeConfig, QuantizeConfig
 from qlora_pipe.errors import ConfigError
 from qlora_pipe.settings import checked, did_you_mean, read_yaml, take
@@ -14,6 +14,7 @@ from qlora_pipe.stages.export import export
 from qlora_pipe.stages.finetune import finetune
 from qlora_pipe.stages.merge import merge
 from qlora_pipe.stages.quantize import quantize
+from qlora_pipe.stages.unpickle import open_source
 from qlora_pipe.train.request import FinetuneRequest
 
 STAGES = ("quantize", "finetune", "merge", "export")
@@ -80,7 +81,8 @@ def _plan(sections: Mapping[str, dict[str, Any]], *, where: str) -> dict[str, Wo
 
 def _quantize(source: str, out: str, config: QuantizeConfig) -> Work:
     def work(manager: pluggy.PluginManager, progress: Count, _note: Note) -> str:
-        done = quantize(Checkpoint.open(source), Path(out), config, manager=manager, progress=progress)
+        with open_source(source, Path(out), allow_pickle=config.allow_pickle, progress=progress) as checkpoint:
+            done = quantize(checkpoint, Path(out), config, manager=manager, progress=progress)
         return f"{out}: {done.summary}"
 
     return work

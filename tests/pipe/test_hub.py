@@ -41,6 +41,21 @@ def test_pickled_weights_come_only_when_they_are_allowed(hub: HubServer) -> None
     assert files_of(resolve("someone/old", allow_pickle=True).path).keys() == {"config.json", "pytorch_model.bin"}
 
 
+def test_where_a_repository_has_safetensors_its_pickles_stay_there(hub: HubServer) -> None:
+    hub.add("someone/both", MODEL | {"pytorch_model.bin": b"pickle", "pytorch_model.bin.index.json": b"{}"})
+    found = files_of(resolve("someone/both", allow_pickle=True).path)
+    assert found.keys() == MODEL.keys() | {"pytorch_model.bin.index.json"}
+    assert hub.count(r"GET .*\.bin$") == 0
+
+
+def test_of_pickles_only_weights_are_fetched_and_of_the_same_commit(hub: HubServer) -> None:
+    old = hub.add("someone/old", {"config.json": b"{}", "pytorch_model-1.bin": b"1", "training_args.bin": b"no"})
+    hub.add("someone/old", {"config.json": b"{}", "pytorch_model.bin": b"new"})
+    found = resolve(f"someone/old@{old}", allow_pickle=True)
+    assert files_of(found.path).keys() == {"config.json", "pytorch_model-1.bin"}
+    assert found.revision == old
+
+
 def test_a_revision_names_an_older_commit(hub: HubServer) -> None:
     old = hub.add("someone/model", MODEL)
     new = hub.add("someone/model", MODEL | {"config.json": b'{"model_type": "t5"}'})
