@@ -28,6 +28,7 @@ from qlora_formats.checkpoint import (
 )
 from qlora_formats.commit import PartialFolder, commit_folder
 from qlora_formats.hashing import hash_files
+from qlora_formats.header import MAX_HEADER_BYTES
 from qlora_formats.removal import finish_removal, remove_folder
 from qlora_formats.store import is_store
 from qlora_formats.strict_json import pretty, read_object
@@ -35,6 +36,7 @@ from qlora_formats.target import finished, require_space
 from qlora_formats.tensorfile import TensorFile
 from qlora_pipe.artifacts import Checkpoint
 from qlora_pipe.confined import Limits, run_confined
+from qlora_pipe.confined.pickles import MAX_GROWTH
 from qlora_pipe.errors import ConfigError, DataError, MissingInputError
 from qlora_pipe.hub import Resolved, resolve
 
@@ -223,8 +225,7 @@ def _convert_one(path: Path, hashed: _Stamp, work: PartialFolder, shard: str, *,
             memory_bytes=ALLOWANCE_BYTES,
             cpu_seconds=_PATIENCE_SECONDS + slow,
             wait_seconds=2 * (_PATIENCE_SECONDS + slow),
-            # The header is bounded by what readers take.
-            output_bytes=4 * n_bytes + 16 * _MIB,
+            output_bytes=MAX_GROWTH * n_bytes + MAX_HEADER_BYTES,
         )
         written = 0
 
