@@ -9,15 +9,19 @@
 
 enum { PORTABLE, AVX2, AVX512 };
 
+/* Scales that share a nested scale when they are quantized. */
+enum { GROUP = 256 };
 /* Blocks whose scales are worked out before the weights that they scale. */
 enum { SCALES_AT_ONCE = 256 };
+/* A result from here on is written past the caches, which could not hold it: a store need not first read the line. */
+enum { STREAMED_BYTES = 8 << 20 };
 /* Steps of the fixed-point position through which the 8-bit codes are looked up. */
 static const float POSITIONS = 65535.0f;
 /* The scale of a block of zeros, so that its reciprocal is finite. */
 static const float SMALLEST_SCALE = 1e-38f;
 
 /* To be raised with every change to the structures and functions that Python knows. */
-EXPORTED const int32_t interface = 1;
+EXPORTED const int32_t interface = 3;
 
 struct quantization {
     const uint8_t *weight;
@@ -27,13 +31,16 @@ struct quantization {
     float *absmax;
     int32_t dtype;
     int32_t path;
-    struct intervals intervals;
+    float cuts[CUTS];
+    uint8_t code_of_interval[LEVELS];
+    float cells_per_unit;
+    const float *cut_of_cell;
+    const uint8_t *code_of_side;
 };
 
 struct nested_quantization {
     const uint8_t *absmax;
     int64_t n_blocks;
-    int64_t group_size;
     const uint8_t *code_of_position;
     uint8_t *codes;
     float *nested_absmax;
@@ -103,13 +110,34 @@ static int64_t smaller(int64_t a, int64_t b)
     return a < b ? a : b;
 }
 
+static struct intervals intervals_of(const struct quantization *q)
+{
+    struct intervals intervals = {
+        .cells_per_unit = q->cells_per_unit,
+        .cut_of_cell = q->cut_of_cell,
+        .code_of_side = q->code_of_side,
+    };
+    memcpy(intervals.cuts, q->cuts, sizeof q->cuts);
+    memcpy(intervals.codes, q->code_of_interval, sizeof q->code_of_interval);
+    int below = 0;
+    for (int cell = 1 - WIDE_CELLS / 2; cell <= WIDE_CELLS / 2; cell++) {
+        while (below < CUTS && ceil((double)q->cuts[below] * WIDE_CELLS_PER_UNIT) < cell)
+            below++;
+        int is_here = below < CUTS && ceil((double)q->cuts[below] * WIDE_CELLS_PER_UNIT) == cell;
+        int entry = cell & (WIDE_CELLS - 1);
+        intervals.cut_of_wide_cell[entry] = is_here ? q->cuts[below] : INFINITY;
+        intervals.codes_of_wide_cell[entry] =
+            (uint32_t)intervals.codes[is_here ? below + 1 : below] << 8 | intervals.codes[below];
+    }
+    return intervals;
+}
+
 /* The whole blocks of one PIECE; returns whether all weights are finite. */
-static int quantize_piece(const struct quantization *q, int64_t first, int64_t stop)
+static int quantize_piece(const struct quantization *q, const struct intervals *intervals, int64_t first, int64_t stop)
 {
     const struct path *path = path_of(q->path);
     enum dtype dtype = (enum dtype)q->dtype;
     const uint8_t *weight = q->weight + first * q->block_size * bytes_of(dtype);
-    uint8_t *codes = q->codes + first * q->block_size / 2;
     float absmax[PIECE / 32], factors[PIECE / 32];
     int64_t blocks = stop - first;
     path->find_maxima(dtype, weight, q->block_size, blocks, absmax);
@@ -121,14 +149,11 @@ static int quantize_piece(const struct quantization *q, int64_t first, int64_t s
     if (!finite)
         return 0;
     memcpy(q->absmax + first, absmax, (size_t)blocks * sizeof *absmax);
-    int64_t in_steps = blocks - blocks * q->block_size % STEP / q->block_size;
-    path->encode(dtype, weight, q->block_size, in_steps, factors, &q->intervals, codes);
-    portable_path.encode(dtype, weight + in_steps * q->block_size * bytes_of(dtype), q->block_size, blocks - in_steps,
-                         factors + in_steps, &q->intervals, codes + in_steps * q->block_size / 2);
+    path->encode(dtype, weight, q->block_size, blocks, factors, intervals, q->codes + first * q->block_size / 2);
     return 1;
 }
 
-static int quantize_rest(const struct quantization *q, int64_t block)
+static int quantize_rest(const struct quantization *q, const struct intervals *intervals, int64_t block)
 {
     enum dtype dtype = (enum dtype)q->dtype;
     int64_t start = block * q->block_size, n = q->n_weights - start;
@@ -139,7 +164,7 @@ static int quantize_rest(const struct quantization *q, int64_t block)
         return 0;
     absmax = absmax < SMALLEST_SCALE ? SMALLEST_SCALE : absmax;
     q->absmax[block] = absmax;
-    portable_encode_rest(dtype, weight, n, absmax, &q->intervals, q->codes + start / 2);
+    portable_encode_rest(dtype, weight, n, absmax, intervals, q->codes + start / 2);
     return 1;
 }
 
@@ -149,48 +174,62 @@ EXPORTED int32_t quantize_blocks(const struct quantization *q, int64_t first, in
     fenv_t callers;
     enter_standard_arithmetic(&callers);
     int64_t whole = smaller(stop, q->n_weights / q->block_size), at_once = PIECE / q->block_size;
+    struct intervals intervals = intervals_of(q);
     int finite = 1;
     for (int64_t block = first; block < whole && finite; block += at_once)
-        finite = quantize_piece(q, block, smaller(block + at_once, whole));
+        finite = quantize_piece(q, &intervals, block, smaller(block + at_once, whole));
     if (whole < stop && finite)
-        finite = quantize_rest(q, whole);
+        finite = quantize_rest(q, &intervals, whole);
     fesetenv(&callers);
     return finite;
 }
 
-/* Groups first to stop of scales, to 8 bits: see blockwise.py for the position rule. */
+/* The scales of one group, to 8 bits: see blockwise.py for the position rule. */
+static void quantize_group(const struct nested_quantization *q, int64_t group)
+{
+    int64_t first = group * GROUP, n = smaller(GROUP, q->n_blocks - first);
+    float values[GROUP];
+    int32_t positions[GROUP], largest = 0;
+    for (int64_t i = 0; i < n; i++) {
+        values[i] = float_at(q->absmax, first + i) - q->offset;
+        int32_t magnitude = (int32_t)(bits_of(values[i]) & 0x7fffffff);
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    float absmax = float_of((uint32_t)largest), factor = 1.0f / absmax;
+    for (int64_t i = 0; i < n; i++) {
+        float scaled = values[i] * factor;
+        /* Zero times infinity has no place in the order and goes to the lower end, too. */
+        scaled = scaled >= -1.0f ? scaled : -1.0f;
+        scaled = scaled < 1.0f ? scaled : 1.0f;
+        positions[i] = (int32_t)((scaled + 1.0f) * 0.5f * POSITIONS + 0.5f);
+    }
+    for (int64_t i = 0; i < n; i++)
+        q->codes[first + i] = q->code_of_position[positions[i]];
+    q->nested_absmax[group] = absmax;
+}
+
+/* Groups first to stop. */
 EXPORTED int32_t quantize_scales(const struct nested_quantization *q, int64_t first, int64_t stop)
 {
     fenv_t callers;
     enter_standard_arithmetic(&callers);
-    for (int64_t group = first; group < stop; group++) {
-        int64_t begin = group * q->group_size, end = smaller(begin + q->group_size, q->n_blocks);
-        float largest = 0.0f;
-        for (int64_t i = begin; i < end; i++)
-            {
-            float magnitude = fabsf(float_at(q->absmax, i) - q->offset);
-            largest = magnitude > largest ? magnitude : largest;
-        }
-        q->nested_absmax[group] = largest;
-        float factor = 1.0f / largest;
-        for (int64_t i = begin; i < end; i++) {
-            float scaled = (float_at(q->absmax, i) - q->offset) * factor;
-            /* Also where zero times infinity is no number. */
-            if (!(scaled >= -1.0f))
-                scaled = -1.0f;
-            if (scaled > 1.0f)
-                scaled = 1.0f;
-            q->codes[i] = q->code_of_position[(int32_t)((scaled + 1.0f) * 0.5f * POSITIONS + 0.5f)];
-        }
-    }
+    for (int64_t group = first; group < stop; group++)
+        quantize_group(q, group);
     fesetenv(&callers);
     return 1;
+}
+
+/* A NaN without the payload, which rounding to 16 bits could carry over into a number. */
+static float plain(float value)
+{
+    return value == value ? value : NAN;
 }
 
 static void find_scales(const struct dequantization *q, int64_t first, int64_t stop, float *scales)
 {
     if (q->nested_absmax == NULL) {
-        memcpy(scales, q->absmax + 4 * first, (size_t)(stop - first) * sizeof *scales);
+        for (int64_t block = first; block < stop; block++)
+            scales[block - first] = plain(float_at(q->absmax, block));
         return;
     }
     float offset = float_at(q->offset, 0);
@@ -198,22 +237,24 @@ static void find_scales(const struct dequantization *q, int64_t first, int64_t s
         int64_t group = block / q->nested_block_size, end = smaller((group + 1) * q->nested_block_size, stop);
         float nested = float_at(q->nested_absmax, group);
         for (; block < end; block++)
-            scales[block - first] = float_at(q->nested_levels, q->absmax[block]) * nested + offset;
+            scales[block - first] = plain(float_at(q->nested_levels, q->absmax[block]) * nested + offset);
     }
 }
 
-static void dequantize_range(const struct dequantization *q, int64_t first, int64_t stop, uint8_t *out)
+static void dequantize_range(const struct dequantization *q, int64_t first, int64_t stop, uint8_t *out, int streamed)
 {
     enum dtype dtype = (enum dtype)q->dtype;
     const struct path *path = q->block_size < 32 ? &portable_path : path_of(q->path);
     int64_t whole = q->n_weights / q->block_size;
     float levels[LEVELS], scales[SCALES_AT_ONCE];
-    memcpy(levels, q->levels, sizeof levels);
+    for (int code = 0; code < LEVELS; code++)
+        levels[code] = plain(float_at(q->levels, code));
     for (int64_t block = first; block < stop; block += SCALES_AT_ONCE) {
         int64_t end = smaller(block + SCALES_AT_ONCE, stop), start = block * q->block_size;
         uint8_t *here = out + (block - first) * q->block_size * bytes_of(dtype);
         find_scales(q, block, end, scales);
-        path->decode(dtype, q->codes + start / 2, q->block_size, smaller(end, whole) - block, scales, levels, here);
+        path->decode(dtype, q->codes + start / 2, q->block_size, smaller(end, whole) - block, scales, levels, here,
+                     streamed);
         if (end > whole)
             portable_decode_rest(dtype, q->codes + whole * q->block_size / 2, q->n_weights - whole * q->block_size,
                                  scales[whole - block], levels,
@@ -226,7 +267,9 @@ EXPORTED int32_t dequantize_blocks(const struct dequantization *q, int64_t first
 {
     fenv_t callers;
     enter_standard_arithmetic(&callers);
-    dequantize_range(q, first, stop, q->out + first * q->block_size * bytes_of((enum dtype)q->dtype));
+    int64_t size = bytes_of((enum dtype)q->dtype);
+    int streamed = q->n_weights * size >= STREAMED_BYTES && (uintptr_t)q->out % 64 == 0;
+    dequantize_range(q, first, stop, q->out + first * q->block_size * size, streamed);
     fesetenv(&callers);
     return 1;
 }
@@ -253,7 +296,7 @@ EXPORTED int32_t compare_pieces(const struct comparison *c, int64_t first, int64
         float approximation[PIECE];
         double errors[LANES] = {0}, sizes[LANES] = {0};
         dequantize_range(q, start / q->block_size, (start + n + q->block_size - 1) / q->block_size,
-                         (uint8_t *)approximation);
+                         (uint8_t *)approximation, 0);
         const uint8_t *weight = c->weight + start * bytes_of(dtype);
         int64_t in_lanes = n - n % LANES;
         path_of(q->path)->add_squares(dtype, weight, approximation, in_lanes, errors, sizes);

@@ -20,8 +20,6 @@
 enum {
     CUTS = 15,
     LEVELS = 16,
-    /* Weights that a vector path encodes at once. */
-    STEP = 64,
     /* Weights whose maxima are found and used before the next are looked at, so that they are still in the first
        cache; and the weights of one piece of a sum. No block that can be quantized is larger. */
     PIECE = 4096,
@@ -39,22 +37,40 @@ enum dtype { FLOAT32, FLOAT16, BFLOAT16 };
     case BFLOAT16: function(BFLOAT16, __VA_ARGS__); break;                                                             \
     }
 
-/* The cuts between the 16 sorted levels, ascending, and the code of each interval. */
+/* So wide that 32 cells hold the scaled weights, which lie from -1 to 1 or are rounded to slightly more. */
+#define WIDE_CELLS_PER_UNIT 15.875
+enum { WIDE_CELLS = 32 };
+
+/* Which code a scaled weight gets: that of its interval between the cuts. Three forms of one fact, for three kinds of
+   look-up. */
 struct intervals {
+    /* Ascending. */
     float cuts[CUTS];
     uint8_t codes[LEVELS];
+
+    /* Cells of 1 / cells_per_unit from -1 on: the cut in each, and the codes on its two sides. */
+    float cells_per_unit;
+    const float *cut_of_cell;
+    const uint8_t *code_of_side;
+
+    /* Cell c reaches from just above (c - 1) / WIDE_CELLS_PER_UNIT to c / WIDE_CELLS_PER_UNIT, and its entry is that of
+       its last five bits: the cut in it, and the code above that 8 bits to the left of the code below. FP4's cut at zero
+       is the upper edge of a cell that holds another; no weight of the cell exceeds it. */
+    float cut_of_wide_cell[WIDE_CELLS];
+    uint32_t codes_of_wide_cell[WIDE_CELLS];
 };
 
 /* What each instruction set does its own way. Blocks are whole; a vector path takes block sizes of 32 and more. */
 struct path {
     /* The largest magnitude of each block: NaN or infinity if the block holds one. */
     void (*find_maxima)(enum dtype dtype, const uint8_t *weight, int64_t block_size, int64_t blocks, float *absmax);
-    /* Packed codes of the weights times their block's factor. A vector path takes multiples of STEP weights. */
+    /* Packed codes of the weights times their block's factor. */
     void (*encode)(enum dtype dtype, const uint8_t *weight, int64_t block_size, int64_t blocks, const float *factors,
                    const struct intervals *intervals, uint8_t *codes);
-    /* level * scale, rounded to dtype. */
+    /* level * scale, rounded to dtype; no NaN among them carries a payload. If streamed, out is a multiple of 64 and is
+       written past the caches; portable takes no notice. */
     void (*decode)(enum dtype dtype, const uint8_t *codes, int64_t block_size, int64_t blocks, const float *scales,
-                   const float *levels, uint8_t *out);
+                   const float *levels, uint8_t *out, int streamed);
     /* Adds (weight - approximation)^2 and weight^2 of weight i to lane i % LANES of errors and of sizes; n is a multiple
        of LANES. */
     void (*add_squares)(enum dtype dtype, const uint8_t *weight, const float *approximation, int64_t n, double *errors,
@@ -99,6 +115,13 @@ ALWAYS_INLINE float float_at(const void *floats, int64_t index)
     return value;
 }
 
+ALWAYS_INLINE uint16_t half_at(const void *halves, int64_t index)
+{
+    uint16_t half;
+    memcpy(&half, (const uint8_t *)halves + 2 * index, sizeof half);
+    return half;
+}
+
 ALWAYS_INLINE float float_of_half(uint16_t half)
 {
     /* The product moves the exponent: exact, and right for subnormal numbers as well. */
@@ -111,8 +134,7 @@ ALWAYS_INLINE float weight_at(enum dtype dtype, const uint8_t *weight, int64_t i
 {
     if (dtype == FLOAT32)
         return float_at(weight, index);
-    uint16_t half;
-    memcpy(&half, weight + 2 * index, sizeof half);
+    uint16_t half = half_at(weight, index);
     return dtype == FLOAT16 ? float_of_half(half) : float_of((uint32_t)half << 16);
 }
 

@@ -15,6 +15,8 @@ from qlora_kernels.quantized import QuantizedTensor
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK_SIZE = 256
+# Cells of the table that codes are looked up in: narrower than the least distance between two cuts, 0.0026 in FP4.
+CELLS = 2048
 # The scale of a block of zeros, so that its reciprocal is finite.
 SMALLEST_SCALE = 1e-38
 # Weights whose squared errors are summed apart from others', in LANES running sums.
@@ -26,8 +28,6 @@ NOT_FINITE = "cannot quantize a tensor that holds NaN or infinity"
 _SOURCE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Steps of the fixed-point position through which the 8-bit codes are looked up.
 _POSITIONS = 65535
-# Cells of the table that codes are looked up in: narrower than the least distance between two cuts, 0.0026 in FP4.
-_CELLS = 2048
 # Weights handled at once: bounds the temporaries to some 30 MiB, whatever the tensor's size. A multiple of every block
 # size, and large enough that starting torch's threads costs little.
 _CHUNK = 1 << 20
@@ -45,7 +45,7 @@ def quantize(weight: Tensor, *, kind: Kind = "nf4", block_size: int = 64, double
     flat_N = weight.detach().reshape(-1)
     codes_B = torch.empty((n + 1) // 2, dtype=torch.uint8, device=weight.device)
     absmax_S = torch.empty(math.ceil(n / block_size), dtype=torch.float32, device=weight.device)
-    cut_of_cell, code_of_side = (table.to(weight.device) for table in _lookup(kind))
+    cut_of_cell, code_of_side = (table.to(weight.device) for table in lookup(kind))
     code_of_zero = LEVELS[kind].index(0.0)
     for start in range(0, n, _CHUNK):
         chunk = flat_N[start : start + _CHUNK].float()
@@ -159,13 +159,13 @@ def _scaled(chunk: Tensor, absmax: Tensor, block_size: int) -> Tensor:
 
 
 def _cell(scaled: Tensor) -> Tensor:
-    """Which of _CELLS equal parts of [-1, 1] a scaled weight lies in, int32; never falls as the weight rises."""
-    return (scaled + 1.0).mul_(_CELLS // 2).int()
+    """Which of CELLS equal parts of [-1, 1] a scaled weight lies in, int32; never falls as the weight rises."""
+    return (scaled + 1.0).mul_(CELLS // 2).int()
 
 
 @cache
-def _lookup(kind: Kind) -> tuple[Tensor, Tensor]:
-    """The cut within each cell, float32 [_CELLS + 1], and the codes on its two sides, uint8 [2 * (_CELLS + 1)].
+def lookup(kind: Kind) -> tuple[Tensor, Tensor]:
+    """The cut within each cell, float32 [CELLS + 1], and the codes on its two sides, uint8 [2 * (CELLS + 1)].
 
     A cell holds at most one cut, so one comparison tells the code, exactly: as `_cell` is monotone, a cut of a lower
     cell lies below the weight and a cut of a higher cell above it, whatever was rounded. Seven passes over the weights,
@@ -174,9 +174,9 @@ def _lookup(kind: Kind) -> tuple[Tensor, Tensor]:
     cuts, code_of_interval = thresholds(kind)
     cell_of_cut = _cell(cuts)
     assert len(set(cell_of_cut.tolist())) == cuts.numel()
-    cut_of_cell = torch.full((_CELLS + 1,), math.inf)
+    cut_of_cell = torch.full((CELLS + 1,), math.inf)
     cut_of_cell[cell_of_cut] = cuts
-    cuts_below = torch.bucketize(torch.arange(_CELLS + 1, dtype=torch.int32), cell_of_cut)
+    cuts_below = torch.bucketize(torch.arange(CELLS + 1, dtype=torch.int32), cell_of_cut)
     has_cut = cut_of_cell.isfinite().long()
     return cut_of_cell, code_of_interval[torch.stack((cuts_below, cuts_below + has_cut), dim=-1).flatten()]
 

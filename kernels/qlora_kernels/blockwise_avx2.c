@@ -82,7 +82,7 @@ INLINE __m256i interval_of(__m256 scaled, const struct tables *tables)
 }
 
 /* 32 weights of one block: 16 bytes. */
-INLINE void encode_half_step(enum dtype dtype, const uint8_t *weight, __m256 factor, const struct tables *tables,
+INLINE void encode_32(enum dtype dtype, const uint8_t *weight, __m256 factor, const struct tables *tables,
                              uint8_t *codes)
 {
     __m256i part[4];
@@ -109,9 +109,11 @@ INLINE void encode_blocks(enum dtype dtype, const uint8_t *weight, int64_t block
         _mm256_setr_ps(cut[0], cut[2], cut[4], cut[6], cut[8], cut[10], cut[12], cut[14]),
         _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)intervals->codes)),
     };
-    for (int64_t start = 0; start < blocks * block_size; start += STEP / 2)
-        encode_half_step(dtype, weight + start * bytes_of(dtype), _mm256_set1_ps(factors[start / block_size]), &tables,
-                         codes + start / 2);
+    for (int64_t block = 0; block < blocks; block++) {
+        __m256 factor = _mm256_set1_ps(factors[block]);
+        for (int64_t i = block * block_size; i < (block + 1) * block_size; i += 32)
+            encode_32(dtype, weight + i * bytes_of(dtype), factor, &tables, codes + i / 2);
+    }
 }
 
 TARGET static void encode(enum dtype dtype, const uint8_t *weight, int64_t block_size, int64_t blocks,
@@ -120,34 +122,30 @@ TARGET static void encode(enum dtype dtype, const uint8_t *weight, int64_t block
     SPECIALISED(encode_blocks, dtype, weight, block_size, blocks, factors, intervals, codes);
 }
 
-/* Eight rounded values as 32-bit integers below 2^16. */
-INLINE __m256i bfloat16_of(__m256 values)
+INLINE void store(uint8_t *out, __m256i values, int streamed)
 {
-    __m256i bits = _mm256_castps_si256(values);
-    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-    __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(values, values, _CMP_UNORD_Q));
-    rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), is_nan);
-    return _mm256_srli_epi32(rounded, 16);
+    if (streamed)
+        _mm256_stream_si256((__m256i *)out, values);
+    else
+        _mm256_storeu_si256((__m256i *)out, values);
 }
 
-INLINE void decode_float32(const uint8_t *codes, int64_t n, __m256 low, __m256 high, uint8_t *out)
+INLINE void decode_float32(const uint8_t *codes, int64_t n, __m256 low, __m256 high, uint8_t *out, int streamed)
 {
     for (int64_t i = 0; i < n; i += 8) {
         int32_t four;
         memcpy(&four, codes + i / 2, sizeof four);
-        /* A byte becomes two indices of 32 bits, of which each lookup heeds the low three and the blend the fourth. */
+        /* A byte becomes two indices of 32 bits, of which a lookup heeds the low three and the blend the fourth. */
         __m256i bytes = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
         __m256i index = _mm256_or_si256(_mm256_srli_epi64(bytes, 4), _mm256_slli_epi64(bytes, 32));
-        __m256 in_high = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
-        __m256 value = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index),
-                                        in_high);
-        _mm256_storeu_ps((float *)(out + 4 * i), value);
+        __m256 is_high = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+        __m256 of_low = _mm256_permutevar8x32_ps(low, index), of_high = _mm256_permutevar8x32_ps(high, index);
+        store(out + 4 * i, _mm256_castps_si256(_mm256_blendv_ps(of_low, of_high, is_high)), streamed);
     }
 }
 
-/* The 16 values, 16 bits each, lie in two registers of eight. */
-INLINE void decode_16_bits(const uint8_t *codes, int64_t n, __m128i first, __m128i last, uint8_t *out)
+/* The 16 values, rounded to 16 bits, lie in two registers of eight. */
+INLINE void decode_16_bits(const uint8_t *codes, int64_t n, __m128i first, __m128i last, uint8_t *out, int streamed)
 {
     /* Lookups are of bytes: one table of the values' low bytes, one of the high ones. */
     __m128i byte = _mm_set1_epi16(0xff);
@@ -155,19 +153,27 @@ INLINE void decode_16_bits(const uint8_t *codes, int64_t n, __m128i first, __m12
     __m128i highs = _mm_packus_epi16(_mm_srli_epi16(first, 8), _mm_srli_epi16(last, 8));
     __m256i low_table = _mm256_broadcastsi128_si256(lows), high_table = _mm256_broadcastsi128_si256(highs);
     for (int64_t i = 0; i < n; i += 32) {
-        /* A byte becomes two indices of 8 bits; 16 of them in each half of a register. */
+        /* Two indices from each byte, in halves whose bytes interleave to 16 weights each. */
         __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(codes + i / 2)));
         __m256i index = _mm256_and_si256(_mm256_or_si256(_mm256_srli_epi16(bytes, 4), _mm256_slli_epi16(bytes, 8)),
                                          _mm256_set1_epi8(15));
         __m256i low = _mm256_shuffle_epi8(low_table, index), high = _mm256_shuffle_epi8(high_table, index);
         __m256i left = _mm256_unpacklo_epi8(low, high), right = _mm256_unpackhi_epi8(low, high);
-        _mm256_storeu_si256((__m256i *)(out + 2 * i), _mm256_permute2x128_si256(left, right, 0x20));
-        _mm256_storeu_si256((__m256i *)(out + 2 * i + 32), _mm256_permute2x128_si256(left, right, 0x31));
+        store(out + 2 * i, _mm256_permute2x128_si256(left, right, 0x20), streamed);
+        store(out + 2 * i + 32, _mm256_permute2x128_si256(left, right, 0x31), streamed);
     }
 }
 
+/* Eight rounded values as 32-bit integers below 2^16. */
+INLINE __m256i bfloat16_of(__m256 values)
+{
+    __m256i bits = _mm256_castps_si256(values);
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+}
+
 INLINE void decode_blocks(enum dtype dtype, const uint8_t *codes, int64_t block_size, int64_t blocks,
-                          const float *scales, const float *levels, uint8_t *out)
+                          const float *scales, const float *levels, uint8_t *out, int streamed)
 {
     for (int64_t block = 0; block < blocks; block++) {
         __m256 scale = _mm256_set1_ps(scales[block]);
@@ -176,22 +182,29 @@ INLINE void decode_blocks(enum dtype dtype, const uint8_t *codes, int64_t block_
         const uint8_t *from = codes + block * block_size / 2;
         uint8_t *to = out + block * block_size * bytes_of(dtype);
         if (dtype == FLOAT32) {
-            decode_float32(from, block_size, low, high, to);
+            decode_float32(from, block_size, low, high, to, streamed);
         } else if (dtype == FLOAT16) {
             decode_16_bits(from, block_size, _mm256_cvtps_ph(low, _MM_FROUND_TO_NEAREST_INT),
-                           _mm256_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT), to);
+                           _mm256_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT), to, streamed);
         } else {
             __m256i rounded = _mm256_packus_epi32(bfloat16_of(low), bfloat16_of(high));
             rounded = _mm256_permute4x64_epi64(rounded, _MM_SHUFFLE(3, 1, 2, 0));
-            decode_16_bits(from, block_size, _mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1), to);
+            decode_16_bits(from, block_size, _mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1), to,
+                           streamed);
         }
     }
 }
 
 TARGET static void decode(enum dtype dtype, const uint8_t *codes, int64_t block_size, int64_t blocks,
-                          const float *scales, const float *levels, uint8_t *out)
+                          const float *scales, const float *levels, uint8_t *out, int streamed)
 {
-    SPECIALISED(decode_blocks, dtype, codes, block_size, blocks, scales, levels, out);
+    if (!streamed) {
+        SPECIALISED(decode_blocks, dtype, codes, block_size, blocks, scales, levels, out, 0);
+    } else {
+        SPECIALISED(decode_blocks, dtype, codes, block_size, blocks, scales, levels, out, 1);
+        /* Streamed stores come to be seen in order only from here on. */
+        _mm_sfence();
+    }
 }
 
 INLINE void squares(enum dtype dtype, const uint8_t *weight, const float *approximation, int64_t n, double *errors,

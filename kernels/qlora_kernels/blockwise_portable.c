@@ -18,22 +18,32 @@ static uint16_t half_of(float value)
 static uint16_t bfloat16_of(float value)
 {
     uint32_t bits = bits_of(value);
-    if ((bits & 0x7fffffff) > 0x7f800000)
-        return 0x7fc0;
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/* Magnitudes compared as integers have the order of the numbers, with NaN above infinity. */
+ALWAYS_INLINE float largest_magnitude(enum dtype dtype, const uint8_t *weight, int64_t n)
+{
+    if (dtype == FLOAT32) {
+        int32_t largest = 0;
+        for (int64_t i = 0; i < n; i++) {
+            int32_t magnitude = (int32_t)(bits_of(float_at(weight, i)) & 0x7fffffff);
+            largest = magnitude > largest ? magnitude : largest;
+        }
+        return float_of((uint32_t)largest);
+    }
+    int16_t largest = 0;
+    for (int64_t i = 0; i < n; i++) {
+        int16_t magnitude = (int16_t)(half_at(weight, i) & 0x7fff);
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return dtype == FLOAT16 ? float_of_half((uint16_t)largest) : float_of((uint32_t)largest << 16);
 }
 
 ALWAYS_INLINE void maxima(enum dtype dtype, const uint8_t *weight, int64_t block_size, int64_t blocks, float *absmax)
 {
-    for (int64_t block = 0; block < blocks; block++) {
-        /* Magnitudes compared as integers have the order of the numbers, with NaN above infinity. */
-        uint32_t largest = 0;
-        for (int64_t i = block * block_size; i < (block + 1) * block_size; i++) {
-            uint32_t magnitude = bits_of(weight_at(dtype, weight, i)) & 0x7fffffff;
-            largest = magnitude > largest ? magnitude : largest;
-        }
-        absmax[block] = float_of(largest);
-    }
+    for (int64_t block = 0; block < blocks; block++)
+        absmax[block] = largest_magnitude(dtype, weight + block * block_size * bytes_of(dtype), block_size);
 }
 
 static void find_maxima(enum dtype dtype, const uint8_t *weight, int64_t block_size, int64_t blocks, float *absmax)
@@ -41,25 +51,37 @@ static void find_maxima(enum dtype dtype, const uint8_t *weight, int64_t block_s
     SPECIALISED(maxima, dtype, weight, block_size, blocks, absmax);
 }
 
-/* n packed codes of LANES scaled weights; an odd last one is joined by the code of the weight after it. */
-ALWAYS_INLINE void encode_lanes(const float *scaled, int64_t n, const struct intervals *intervals, uint8_t *codes)
+/* A cell of the table holds one cut at most, and a larger weight never has a lower cell: so one comparison tells the code,
+   exactly. */
+ALWAYS_INLINE uint8_t code_in(int32_t cell, float scaled, const struct intervals *intervals)
 {
-    int32_t interval[LANES] = {0};
-    for (int cut = 0; cut < CUTS; cut++)
-        for (int lane = 0; lane < LANES; lane++)
-            interval[lane] += scaled[lane] > intervals->cuts[cut];
-    for (int64_t i = 0; i < n; i += 2)
-        codes[i / 2] = (uint8_t)(intervals->codes[interval[i]] << 4 | intervals->codes[interval[i + 1]]);
+    return intervals->code_of_side[2 * cell + (scaled > intervals->cut_of_cell[cell])];
+}
+
+ALWAYS_INLINE int32_t cell_of(float scaled, const struct intervals *intervals)
+{
+    return (int32_t)((scaled + 1.0f) * intervals->cells_per_unit);
 }
 
 ALWAYS_INLINE void encode_blocks(enum dtype dtype, const uint8_t *weight, int64_t block_size, int64_t blocks,
                                  const float *factors, const struct intervals *intervals, uint8_t *codes)
 {
-    for (int64_t start = 0; start < blocks * block_size; start += LANES) {
-        float factor = factors[start / block_size], scaled[LANES];
-        for (int lane = 0; lane < LANES; lane++)
-            scaled[lane] = weight_at(dtype, weight, start + lane) * factor;
-        encode_lanes(scaled, LANES, intervals, codes + start / 2);
+    const struct intervals table = *intervals;
+    for (int64_t block = 0; block < blocks; block++) {
+        float factor = factors[block], scaled[LANES];
+        int32_t cells[LANES];
+        for (int64_t start = block * block_size; start < (block + 1) * block_size; start += LANES) {
+            /* A loop that compilers turn into vector instructions, and one that looks up. */
+            for (int lane = 0; lane < LANES; lane++) {
+                scaled[lane] = weight_at(dtype, weight, start + lane) * factor;
+                cells[lane] = cell_of(scaled[lane], &table);
+            }
+            for (int lane = 0; lane < LANES; lane += 2) {
+                uint8_t first = code_in(cells[lane], scaled[lane], &table);
+                uint8_t second = code_in(cells[lane + 1], scaled[lane + 1], &table);
+                codes[(start + lane) / 2] = (uint8_t)(first << 4 | second);
+            }
+        }
     }
 }
 
@@ -72,13 +94,12 @@ static void encode(enum dtype dtype, const uint8_t *weight, int64_t block_size, 
 void portable_encode_rest(enum dtype dtype, const uint8_t *weight, int64_t n, float absmax,
                           const struct intervals *intervals, uint8_t *codes)
 {
-    for (int64_t start = 0; start < n; start += LANES) {
-        int64_t left = n - start < LANES ? n - start : LANES;
-        /* Zeros behind the last weight: an odd one is joined by the code of zero. */
-        float scaled[LANES] = {0};
-        for (int64_t lane = 0; lane < left; lane++)
-            scaled[lane] = weight_at(dtype, weight, start + lane) / absmax;
-        encode_lanes(scaled, left, intervals, codes + start / 2);
+    for (int64_t i = 0; i < n; i += 2) {
+        /* An odd last weight is joined by the code of zero. */
+        float first = weight_at(dtype, weight, i) / absmax;
+        float second = i + 1 < n ? weight_at(dtype, weight, i + 1) / absmax : 0.0f;
+        codes[i / 2] = (uint8_t)(code_in(cell_of(first, intervals), first, intervals) << 4 |
+                                 code_in(cell_of(second, intervals), second, intervals));
     }
 }
 
@@ -109,8 +130,9 @@ void portable_decode_rest(enum dtype dtype, const uint8_t *codes, int64_t n, flo
 }
 
 static void decode(enum dtype dtype, const uint8_t *codes, int64_t block_size, int64_t blocks, const float *scales,
-                   const float *levels, uint8_t *out)
+                   const float *levels, uint8_t *out, int streamed)
 {
+    (void)streamed;
     for (int64_t block = 0; block < blocks; block++)
         portable_decode_rest(dtype, codes + block * block_size / 2, block_size, scales[block], levels,
                              out + block * block_size * bytes_of(dtype));

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from qlora_kernels.blockwise import (
     BLOCK_SIZES,
+    CELLS,
     NESTED_BLOCK_SIZE,
     NOT_FINITE,
     PIECE,
     check_source,
     code_of_position,
+    lookup,
     offset_of,
 )
 from qlora_kernels.levels import Kind, dynamic_map, levels_of, thresholds
@@ -35,7 +37,7 @@ VARIABLE: Final = "QLORA_PIPE_CPU"
 _PATHS: Final = {"avx512": (2, "AVX-512"), "avx2": (1, "AVX2"), "portable": (0, "no vector instructions")}
 _DTYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # That of the C library that the structures below fit.
-_INTERFACE: Final = 1
+_INTERFACE: Final = 3
 # Weights that are work for one thread alone: some 50 microseconds.
 _SMALLEST_SHARE: Final = 1 << 18
 
@@ -85,7 +87,8 @@ def quantize(weight: Tensor, *, kind: Kind, block_size: int, double_quant: bool)
     n_blocks = math.ceil(flat_N.numel() / block_size)
     codes_B = torch.empty((flat_N.numel() + 1) // 2, dtype=torch.uint8)
     absmax_S = torch.empty(n_blocks)
-    cuts, codes = thresholds(kind)
+    cuts, code_of_interval = thresholds(kind)
+    cut_of_cell, code_of_side = lookup(kind)
     task = _Quantization(
         weight=flat_N.data_ptr(),
         n_weights=flat_N.numel(),
@@ -95,7 +98,10 @@ def quantize(weight: Tensor, *, kind: Kind, block_size: int, double_quant: bool)
         dtype=_DTYPES[weight.dtype],
         path=_PATHS[path()][0],
         cuts=(ctypes.c_float * 15)(*cuts.tolist()),
-        code_of_interval=(ctypes.c_uint8 * 16)(*codes.tolist()),
+        code_of_interval=(ctypes.c_uint8 * 16)(*code_of_interval.tolist()),
+        cells_per_unit=CELLS / 2,
+        cut_of_cell=cut_of_cell.data_ptr(),
+        code_of_side=code_of_side.data_ptr(),
     )
     if not in_shares(_call("quantize_blocks", task), n_blocks, smallest=max(1, _SMALLEST_SHARE // block_size)):
         raise ValueError(NOT_FINITE)
@@ -109,7 +115,6 @@ def quantize(weight: Tensor, *, kind: Kind, block_size: int, double_quant: bool)
     nested_task = _NestedQuantization(
         absmax=absmax_S.data_ptr(),
         n_blocks=n_blocks,
-        group_size=NESTED_BLOCK_SIZE,
         code_of_position=code_at.data_ptr(),
         codes=nested_codes_S.data_ptr(),
         nested_absmax=nested_absmax_G.data_ptr(),
@@ -190,6 +195,9 @@ class _Quantization(ctypes.Structure):
         ("path", ctypes.c_int32),
         ("cuts", ctypes.c_float * 15),
         ("code_of_interval", ctypes.c_uint8 * 16),
+        ("cells_per_unit", ctypes.c_float),
+        ("cut_of_cell", ctypes.c_void_p),
+        ("code_of_side", ctypes.c_void_p),
     )
 
 
@@ -197,7 +205,6 @@ class _NestedQuantization(ctypes.Structure):
     _fields_ = (
         ("absmax", ctypes.c_void_p),
         ("n_blocks", ctypes.c_int64),
-        ("group_size", ctypes.c_int64),
         ("code_of_position", ctypes.c_void_p),
         ("codes", ctypes.c_void_p),
         ("nested_absmax", ctypes.c_void_p),
