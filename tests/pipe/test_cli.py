@@ -26,6 +26,7 @@ CONTRACT = {
     "export": {"--to", "--repo", "--private"},
     "run": set(),
     "inspect": {"--json"},
+    "verify": {"--json"},
     "plugins": {"--json"},
     "demo": {"--out"},
 }
