@@ -18,13 +18,14 @@ def inspect(path: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found, indent=2, sort_keys=True))
         return
-    tensors = found.pop("tensors", [])
+    tables = [found.pop("blocks", []), found.pop("tensors", [])]
     lines = [*_leaves(found)]
     width = max(len(key) for key, _ in lines)
     for key, value in lines:
         click.echo(f"{key:{width}}  {value}")
-    for line in _table(tensors):
-        click.echo(line)
+    for table in tables:
+        for line in _table(table):
+            click.echo(line)
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

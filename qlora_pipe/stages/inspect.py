@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from typing import Any
 
 from qlora_formats.adapter import ADAPTER_CONFIG
@@ -11,6 +12,8 @@ from qlora_pipe.artifacts import Adapter, Checkpoint, QuantizedCheckpoint, Run
 from qlora_pipe.hub import resolve
 from qlora_pipe.settings import read_yaml
 from qlora_pipe.train.checkpoint import checkpoints
+
+_BLOCK = re.compile(r"(.*?\.\d+)\.")
 
 
 def inspect(name: str) -> dict[str, Any]:
@@ -49,7 +52,8 @@ def _store(found: QuantizedCheckpoint) -> dict[str, Any]:
             if name in errors:
                 row["relative_error"] = errors[name]
         tensors.append(row)
-    return _common(found, "store") | _sizes(tensors) | _made(manifest) | {"tensors": tensors}
+    described = _common(found, "store") | _sizes(tensors) | _quantization(found) | _error(tensors) | _made(manifest)
+    return described | {"blocks": _blocks(tensors), "tensors": tensors}
 
 
 def _adapter(found: Adapter) -> dict[str, Any]:
@@ -103,8 +107,52 @@ def _sizes(tensors: list[dict[str, Any]]) -> dict[str, Any]:
     return {"parameters": sum(counts), "bits_per_weight": round(bits / max(1, sum(counts)), 4)}
 
 
+def _quantization(found: QuantizedCheckpoint) -> dict[str, Any]:
+    settings = found.config["quantization_config"]
+    prefix = "bnb_4bit_"
+    return {"quantization": {key[len(prefix) :]: value for key, value in settings.items() if key.startswith(prefix)}}
+
+
+def _error(tensors: list[dict[str, Any]]) -> dict[str, Any]:
+    """The relative error of several tensors together, where it was recorded: their root mean square by weights.
+
+    That is |W - Q(W)| / |W| of all of them as far as weights are of about one size, which their norms would tell.
+    """
+    measured = [(math.prod(row["shape"]), row["relative_error"]) for row in tensors if "relative_error" in row]
+    if not measured:
+        return {}
+    mean_square = sum(count * error**2 for count, error in measured) / sum(count for count, _ in measured)
+    worst = max((row for row in tensors if "relative_error" in row), key=lambda row: row["relative_error"])
+    return {
+        "relative_error": float(f"{mean_square**0.5:.4g}"),
+        "largest_error": worst["relative_error"],
+        "largest_error_of": worst["name"],
+    }
+
+
+def _blocks(tensors: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The tensors of each block together, in the order of the blocks; a block is what shares a path up to a number."""
+    blocks: dict[str, list[dict[str, Any]]] = {}
+    for row in tensors:
+        found = _BLOCK.match(row["name"])
+        if found:
+            blocks.setdefault(found[1], []).append(row)
+    return [
+        {"name": name, "tensors": len(rows)} | _sizes(rows) | _error(rows)
+        for name, rows in sorted(blocks.items(), key=lambda item: _counting(item[0]))
+    ]
+
+
+def _counting(block: str) -> tuple[str, int]:
+    path, _, number = block.rpartition(".")
+    return path, int(number)
+
+
 def _made(manifest: Manifest | None) -> dict[str, Any]:
-    return {} if manifest is None else {"inputs": manifest.inputs, "digest": manifest.digest}
+    if manifest is None:
+        return {}
+    files = {name: {"bytes": record.bytes, "sha256": record.sha256} for name, record in manifest.files.items()}
+    return {"inputs": manifest.inputs, "fields": manifest.fields, "files": files, "digest": manifest.digest}
 
 
 def _errors(manifest: Manifest | None) -> dict[str, float]:

@@ -102,6 +102,55 @@ def test_a_store_is_described_by_its_sizes_errors_settings_and_source(
     }
 
 
+def test_a_stores_errors_are_summed_up_by_block_and_over_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tiny_checkpoint(tmp_path / "source", num_hidden_layers=11)
+    assert execute(["quantize", str(source), str(tmp_path / "store")]) == 0
+    found = inspected(tmp_path / "store", capsys)
+    rows = rows_of(found)
+    assert [block["name"] for block in found["blocks"]] == [f"model.layers.{number}" for number in range(11)]
+    for block in [*found["blocks"], {**found, "name": "model", "tensors": len(rows)}]:
+        inside = [row for name, row in rows.items() if name.startswith(f"{block['name']}.") or block["name"] == "model"]
+        counts = {row["name"]: torch.Size(row["shape"]).numel() for row in inside}
+        assert (block["tensors"], block["parameters"]) == (len(inside), sum(counts.values()))
+        bits = sum(counts[row["name"]] * row["bits"] for row in inside) / sum(counts.values())
+        assert block["bits_per_weight"] == pytest.approx(bits, abs=1e-4)
+        errors = {row["name"]: row["relative_error"] for row in inside if "relative_error" in row}
+        squares = sum(counts[name] * error**2 for name, error in errors.items())
+        assert block["relative_error"] == pytest.approx(
+            (squares / sum(counts[name] for name in errors)) ** 0.5, rel=1e-3
+        )
+        assert block["largest_error"] == max(errors.values()) == errors[block["largest_error_of"]]
+
+
+def test_the_manifests_files_and_further_fields_are_told(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found, manifest = inspected(store, capsys), json.loads((store / "qlora_pipe.json").read_text())
+    assert found["fields"] == {"totals": manifest["totals"]}
+    assert found["files"] == {
+        path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        for path in store.iterdir()
+        if path.name != "qlora_pipe.json"
+    }
+
+
+def test_a_peers_store_is_described_by_its_config_and_headers(
+    shared_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = inspected(shared_data / "interop" / "stories260K-bnb-nf4-dq-bf16", capsys)
+    assert found["quantization"] == {
+        "compute_dtype": "bfloat16",
+        "quant_storage": "uint8",
+        "quant_type": "nf4",
+        "use_double_quant": True,
+    }
+    assert [(block["name"], block["tensors"]) for block in found["blocks"]] == [
+        (f"model.layers.{number}", 9) for number in range(5)
+    ]
+    assert sum(row["type"] == "nf4" for row in found["tensors"]) == 35
+    assert not {"inputs", "files", "relative_error"} & found.keys()
+
+
 @pytest.mark.parametrize(
     ("flags", "kind", "bits"),
     [
@@ -125,7 +174,12 @@ def test_a_store_without_a_manifest_is_described_by_its_headers(
     with_manifest = inspected(store, capsys)
     (store / "qlora_pipe.json").unlink()
     found = inspected(store, capsys)
-    assert with_manifest.keys() - found.keys() == {"inputs", "digest"}
+    assert with_manifest.keys() - found.keys() == {
+        *("inputs", "fields", "files", "digest"),
+        *("relative_error", "largest_error", "largest_error_of"),
+    }
+    assert found["quantization"] == with_manifest["quantization"]
+    assert [block["name"] for block in found["blocks"]] == ["model.layers.0"]
     assert found["bits_per_weight"] == with_manifest["bits_per_weight"]
     assert not any("relative_error" in row for row in found["tensors"])
 
@@ -189,7 +243,7 @@ def test_a_run_that_has_just_begun_is_described(tmp_path: Path, capsys: pytest.C
     }
 
 
-def test_without_json_each_fact_and_each_tensor_is_a_line(
+def test_without_json_each_fact_each_block_and_each_tensor_is_a_line(
     source: Path, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for folder in (source, store):
@@ -199,7 +253,8 @@ def test_without_json_each_fact_and_each_tensor_is_a_line(
         assert ["kind", found["kind"]] in lines
         assert ["parameters", str(found["parameters"])] in lines
         assert {line[0] for line in lines if line and line[0].startswith("model.layers")} == {
-            name for name in rows_of(found) if name.startswith("model.layers")
+            *(name for name in rows_of(found) if name.startswith("model.layers")),
+            *(block["name"] for block in found.get("blocks", [])),
         }
 
 
