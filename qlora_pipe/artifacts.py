@@ -13,6 +13,7 @@ from typing import Any, Self
 from qlora_formats.adapter import ADAPTER_WEIGHTS, AdapterFolder
 from qlora_formats.checkpoint import CheckpointFolder
 from qlora_formats.hashing import hash_file, hash_files
+from qlora_formats.loading import Load, network_mount
 from qlora_formats.store import Store, is_store
 from qlora_formats.strict_json import read_object
 from qlora_pipe.errors import DataError, MissingInputError
@@ -35,12 +36,17 @@ class Model:
     """Where the folder only stands in for other files, such as pickles: the sha256 of those, by name."""
 
     @classmethod
-    def open(cls, name: str | Path) -> Self:
-        """Open a folder or Hub id; errors as those of `at`, and of finding it."""
-        return cls.at(resolve(str(name)))
+    def open(cls, name: str | Path, *, load: Load = "mmap", note: Callable[[str], None] = lambda _: None) -> Self:
+        """Open a folder or Hub id; errors as those of `at`, and of finding it.
+
+        `load` says how its tensors come into memory; `note` is told where another way would be better.
+        """
+        found = resolve(str(name))
+        note_network(found.path, load, note)
+        return cls.at(found, load=load)
 
     @classmethod
-    def at(cls, found: Resolved) -> Self:
+    def at(cls, found: Resolved, *, load: Load = "mmap") -> Self:
         """Open what a name was resolved to."""
         raise NotImplementedError
 
@@ -119,11 +125,11 @@ class Checkpoint(Model):
     weights: CheckpointFolder
 
     @classmethod
-    def at(cls, found: Resolved) -> Self:
+    def at(cls, found: Resolved, *, load: Load = "mmap") -> Self:
         """Open what a name was resolved to; DataError where it is a 4-bit store."""
         if is_store(found.path):
             raise DataError(f"{found.path} is already a 4-bit store; name the 16-bit checkpoint it was made from.")
-        return cls(found.path, CheckpointFolder.open(found.path), found.repo, found.revision)
+        return cls(found.path, CheckpointFolder.open(found.path, load=load), found.repo, found.revision)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of one tensor."""
@@ -137,21 +143,34 @@ class QuantizedCheckpoint(Model):
     weights: Store
 
     @classmethod
-    def at(cls, found: Resolved) -> Self:
+    def at(cls, found: Resolved, *, load: Load = "mmap") -> Self:
         """Open what a name was resolved to; DataError where it holds no 4-bit weights."""
         if not is_store(found.path):
             raise DataError(f"{found.path} is not a 4-bit store; make one: qlora-pipe quantize {found.path} OUT.")
-        return cls(found.path, Store.open(found.path), found.repo, found.revision)
+        return cls(found.path, Store.open(found.path, load=load), found.repo, found.revision)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of one weight, packed or not."""
         return self.weights.shape(name)
 
 
-def open_model(name: str | Path) -> Checkpoint | QuantizedCheckpoint:
-    """Open a base of either kind by its folder or Hub id."""
+def open_model(
+    name: str | Path, *, load: Load = "mmap", note: Callable[[str], None] = lambda _: None
+) -> Checkpoint | QuantizedCheckpoint:
+    """Open a base of either kind by its folder or Hub id; `load` and `note` as of `Model.open`."""
     found = resolve(str(name))
-    return QuantizedCheckpoint.at(found) if is_store(found.path) else Checkpoint.at(found)
+    note_network(found.path, load, note)
+    return (QuantizedCheckpoint if is_store(found.path) else Checkpoint).at(found, load=load)
+
+
+def note_network(path: Path, load: Load, note: Callable[[str], None]) -> None:
+    """Tell `note` if files are to be mapped that lie on a network disk."""
+    mount = network_mount(path) if load == "mmap" else None
+    if mount is not None:
+        note(
+            f"{path} lies on {mount.point}, a network disk ({mount.kind}), where mapped files are slow and a lost"
+            " connection kills the process: --load read reads them instead."
+        )
 
 
 @dataclass(frozen=True)
@@ -163,15 +182,15 @@ class Adapter:
     repo: str | None
 
     @classmethod
-    def open(cls, name: str | Path) -> Self:
+    def open(cls, name: str | Path, *, load: Load = "mmap") -> Self:
         """Open a folder or Hub id; errors as those of `at`, and of finding it."""
-        return cls.at(resolve(str(name)))
+        return cls.at(resolve(str(name)), load=load)
 
     @classmethod
-    def at(cls, found: Resolved) -> Self:
+    def at(cls, found: Resolved, *, load: Load = "mmap") -> Self:
         """Open what a name was resolved to; a run's folder stands for the adapter it ended with."""
         path = Run(found.path).adapter_path if Run.is_run(found.path) else found.path
-        return cls(path, AdapterFolder.open(path), found.repo)
+        return cls(path, AdapterFolder.open(path, load=load), found.repo)
 
     @cached_property
     def identity(self) -> dict[str, Any]:

@@ -8,6 +8,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from qlora_formats.loading import Load
+
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 # What every generator involved takes.
@@ -43,6 +45,7 @@ class QuantizeConfig:
         4096, "Largest file of the store, in MiB; a file is split between layers only.", at_least=1
     )
     allow_pickle: bool = setting(False, "Read pickled weights (pytorch_model.bin) too, in a confined process.")
+    load: Load = setting("mmap", "Map the model's files, or read them: the better way for a network disk.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +78,7 @@ class FinetuneConfig:
     threads: int = setting(
         0, "CPU threads; 0 leaves torch's own choice. The last bits of a run depend on it.", at_least=0
     )
+    load: Load = setting("mmap", "Map the model's files, or read them: the better way for a network disk.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +91,7 @@ class MergeConfig:
         0.5, "Least share of the adapter that must outlive rounding to the data type, per layer; 0 accepts any.",
         at_least=0, below=1,
     )  # fmt: skip
+    load: Load = setting("mmap", "Map the model's files, or read them: the better way for a network disk.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +106,7 @@ class GenerateConfig:
     seed: int = setting(0, "Seed of the draws.", at_least=0, at_most=_SEEDS)
     dtype: DType = setting("auto", "Compute in this type: auto is bfloat16 on a GPU that has it, float32 on a CPU.")
     device: Device = setting("auto", "Where to compute: auto is the GPU if there is one.")
+    load: Load = setting("mmap", "Map the model's files, or read them: the better way for a network disk.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -23,9 +23,9 @@ def generate(model: str, adapter: str | None, prompt: str, **settings: Any) -> N
     from qlora_pipe.stages.generate import continue_text
 
     config = config_of(GenerateConfig, settings, where="generate")
-    pieces = continue_text(
-        open_model(model), prompt, config, manager=load_plugins(), adapter=Adapter.open(adapter) if adapter else None
-    )
+    base = open_model(model, load=config.load, note=lambda sentence: click.echo(f"note: {sentence}", err=True))
+    trained = Adapter.open(adapter, load=config.load) if adapter else None
+    pieces = continue_text(base, prompt, config, manager=load_plugins(), adapter=trained)
     for piece in pieces:
         click.echo(piece, nl=False)
     click.echo()

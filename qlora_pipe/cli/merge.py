@@ -29,7 +29,7 @@ def merge(base: str, adapter: str, out: Path, **settings: Any) -> None:
     config = config_of(MergeConfig, settings, where="merge")
     with Console() as console:
         done = stage(
-            open_model(base), Adapter.open(adapter), out, config,
+            open_model(base, load=config.load, note=console.note), Adapter.open(adapter, load=config.load), out, config,
             manager=load_plugins(console), progress=console.transfer, note=console.note,
         )  # fmt: skip
     click.echo(f"{out}: {done.summary}")

@@ -27,7 +27,7 @@ def quantize(source: str, out: Path, **settings: Any) -> None:
     config = config_of(QuantizeConfig, settings, where="quantize")
     with (
         Console() as console,
-        open_source(source, out, allow_pickle=config.allow_pickle, progress=console.transfer) as checkpoint,
+        open_source(source, out, config, progress=console.transfer, note=console.note) as checkpoint,
     ):
         done = stage(checkpoint, out, config, manager=load_plugins(console), progress=console.transfer)
     click.echo(f"{out}: {done.summary}")

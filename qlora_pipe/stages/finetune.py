@@ -43,10 +43,10 @@ def finetune(
     if config.threads:
         torch.set_num_threads(config.threads)
     with stop_flag() as stop:
-        base = open_model(request.base)
+        base = open_model(request.base, load=config.load, note=note)
         architecture = find_architecture(manager, base.config.get("model_type"))
         tokenizer = Tokenizer.open(base.path)
-        start = Adapter.open(config.adapter) if config.adapter else None
+        start = Adapter.open(config.adapter, load=config.load) if config.adapter else None
         device = choose_device(config.device)
         dtype = choose_dtype(config.dtype, device)
         inputs = inputs_of(request, manager, base=base, tokenizer=tokenizer, start=start, dtype=dtype)

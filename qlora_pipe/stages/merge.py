@@ -24,6 +24,9 @@ from qlora_pipe.nn.linear import quantized_tensor
 from qlora_pipe.plugins import find_architecture
 from qlora_pipe.stages.load import DTYPES
 
+# Settings that the merged weights do not follow from.
+_FREE = ("min_retention", "load")
+
 # Elements whose products are summed at once: bounds what the measurement of a large weight costs in memory.
 _PIECE = 1 << 22
 
@@ -65,7 +68,7 @@ def merge(
     """
     architecture = find_architecture(manager, base.config.get("model_type"))
     ties = architecture.ties(base.config)
-    settings = {key: value for key, value in asdict(config).items() if key != "min_retention"}
+    settings = {key: value for key, value in asdict(config).items() if key not in _FREE}
     inputs = {"base": base.identity, "adapter": adapter.identity, "settings": settings}
     if (done := finished(out, kind="checkpoint", inputs=inputs)) is not None:
         return _result(out, done, already_done=True)

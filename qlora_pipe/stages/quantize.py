@@ -39,7 +39,7 @@ _LEAST_AHEAD_BYTES = 128 * 2**20
 _THREADS = 2
 # Settings that decide nothing about the bytes (how the source is opened), or not by their words (what is kept is named
 # tensor by tensor).
-_NOT_BY_THEIR_WORDS = ("allow_pickle", "keep")
+_NOT_BY_THEIR_WORDS = ("allow_pickle", "load", "keep")
 
 Progress = Callable[[str, int, int], None]
 

@@ -80,8 +80,8 @@ def _plan(sections: Mapping[str, dict[str, Any]], *, where: str) -> dict[str, Wo
 
 
 def _quantize(source: str, out: str, config: QuantizeConfig) -> Work:
-    def work(manager: pluggy.PluginManager, progress: Count, _note: Note) -> str:
-        with open_source(source, Path(out), allow_pickle=config.allow_pickle, progress=progress) as checkpoint:
+    def work(manager: pluggy.PluginManager, progress: Count, note: Note) -> str:
+        with open_source(source, Path(out), config, progress=progress, note=note) as checkpoint:
             done = quantize(checkpoint, Path(out), config, manager=manager, progress=progress)
         return f"{out}: {done.summary}"
 
@@ -97,9 +97,8 @@ def _finetune(request: FinetuneRequest) -> Work:
 
 def _merge(base: str, adapter: str, out: str, config: MergeConfig) -> Work:
     def work(manager: pluggy.PluginManager, progress: Count, note: Note) -> str:
-        done = merge(
-            open_model(base), Adapter.open(adapter), Path(out), config, manager=manager, progress=progress, note=note
-        )
+        model, trained = open_model(base, load=config.load, note=note), Adapter.open(adapter, load=config.load)
+        done = merge(model, trained, Path(out), config, manager=manager, progress=progress, note=note)
         return f"{out}: {done.summary}"
 
     return work

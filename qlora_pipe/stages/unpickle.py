@@ -34,7 +34,8 @@ from qlora_formats.store import is_store
 from qlora_formats.strict_json import pretty, read_object
 from qlora_formats.target import finished, require_space
 from qlora_formats.tensorfile import TensorFile
-from qlora_pipe.artifacts import Checkpoint
+from qlora_pipe.artifacts import Checkpoint, note_network
+from qlora_pipe.config import QuantizeConfig
 from qlora_pipe.confined import Limits, run_confined
 from qlora_pipe.confined.pickles import MAX_GROWTH
 from qlora_pipe.errors import ConfigError, DataError, MissingInputError
@@ -130,20 +131,23 @@ def has_pickles_alone(folder: Path) -> bool:
 
 
 @contextmanager
-def open_source(name: str, out: Path, *, allow_pickle: bool, progress: Progress) -> Iterator[Checkpoint]:
+def open_source(
+    name: str, out: Path, config: QuantizeConfig, *, progress: Progress, note: Callable[[str], None] = lambda _: None
+) -> Iterator[Checkpoint]:
     """Open the checkpoint that the store `out` is made from, for as long as the block lasts.
 
-    Pickles are read only if `allow_pickle`, through a scratch folder beside `out`, and not at all where `out` is there
-    already and only has to be compared. Raises the errors of `Checkpoint.open` and of `unpickled`.
+    Pickles are read only if the config allows it, through a scratch folder beside `out`, and not at all where `out` is
+    there already and only has to be compared. Raises the errors of `Checkpoint.open` and of `unpickled`.
     """
-    found = resolve(name, allow_pickle=allow_pickle)
-    if not allow_pickle or not has_pickles_alone(found.path):
+    found = resolve(name, allow_pickle=config.allow_pickle)
+    if not config.allow_pickle or not has_pickles_alone(found.path):
         if found.repo is not None and not any(found.path.glob("*.safetensors")):
             raise MissingInputError(
                 f"the Hub repository {found.repo!r} holds no safetensors; if its weights are pickles, loading them can"
                 " run code: add --allow-pickle, which reads them in a confined process."
             )
-        yield Checkpoint.at(found)
+        note_network(found.path, config.load, note)
+        yield Checkpoint.at(found, load=config.load)
         return
     pickles = Pickles.at(found, progress=progress)
     scratch = out.with_name(f".{out.name}.unpickled")

@@ -81,7 +81,8 @@ def restore_newest(
         try:
             manifest = Manifest.read(path)
             manifest.verify(path)
-            file = TensorFile.open(path / STATE)
+            # Read once and copied: nothing is gained by a mapping.
+            file = TensorFile.open(path / STATE, load="read")
         except FormatError as fault:
             note(f"passed over the checkpoint {path.name}, now {set_aside(path).name}: {fault}.")
             continue

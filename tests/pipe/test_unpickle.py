@@ -161,7 +161,9 @@ class Moments:
 
 
 def make(source: Path, out: Path) -> None:
-    with open_source(str(source), out, allow_pickle=True, progress=lambda _what, _done, _total: None) as checkpoint:
+    with open_source(
+        str(source), out, QuantizeConfig(allow_pickle=True), progress=lambda _what, _done, _total: None
+    ) as checkpoint:
         quantize(checkpoint, out, QuantizeConfig(), manager=load_plugins())
 
 
@@ -199,7 +201,7 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
 def test_killed_while_a_pickle_is_read_and_rerun_it_ends_with_the_same_bytes(
     sharded: Path, expected: dict[str, bytes], nursery: Nursery, tmp_path: Path
 ) -> None:
-    command = ["quantize", str(sharded), str(tmp_path / "store"), "--allow-pickle", "--keep", "down_proj"]
+    command = ["quantize", str(sharded), str(tmp_path / "store"), "--allow-pickle"]
     scratch = tmp_path / ".store.unpickled"
     child = nursery.start(command)
     child.wait_until((partial_path(scratch) / "model-00001-of-00002.safetensors").exists)
@@ -299,7 +301,7 @@ def test_a_hub_model_of_pickles_is_known_by_its_commit_and_refused_without_the_f
     commit = hub.add("someone/old", {path.name: path.read_bytes() for path in sharded.iterdir()})
     with (
         pytest.raises(MissingInputError, match=r"'someone/old' holds no safetensors; .* add --allow-pickle"),
-        open_source("someone/old", tmp_path / "store", allow_pickle=False, progress=lambda *_: None),
+        open_source("someone/old", tmp_path / "store", QuantizeConfig(), progress=lambda *_: None),
     ):
         pass
     assert hub.count(r"GET .*/resolve/.*\.bin$") == 0
