@@ -30,7 +30,7 @@ ITEM_BYTES: Mapping[str, int] = {
 }
 
 # What MAX_TENSORS entries of MAX_RANK dimensions can need, with room for punctuation inside the metadata's strings.
-_MAX_PUNCTUATION = {b"{": 4 * MAX_TENSORS, b"[": 4 * MAX_TENSORS, b",": 16 * MAX_TENSORS}
+_MAX_PUNCTUATION = {b"{": 4 * MAX_TENSORS, b"[": 4 * MAX_TENSORS, b",": 13 * MAX_TENSORS}
 _MAX_DIMENSION = 2**63 - 1
 
 
@@ -67,7 +67,8 @@ class Header(NamedTuple):
 def read_header(path: Path) -> Header:
     """Read and check a file's header; FormatError, one sentence with the file's name, where anything is wrong."""
     try:
-        with path.open("rb") as file:
+        # A pipe would be waited for until somebody writes to it.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             return parse_header(file, what=str(path))
     except OSError as error:
         raise FormatError(f"cannot read {path}: {error.strerror}") from error
@@ -77,9 +78,9 @@ def parse_header(file: BinaryIO, *, what: str) -> Header:
     """As `read_header`, from a file that is open at its start."""
     stamp = Stamp.of(file.fileno())
     file_bytes = stamp.file_bytes
-    length = int.from_bytes(file.read(8), "little")
     if file_bytes < 16:
         raise FormatError(f"{what} is not a safetensors file: it has {file_bytes} bytes, too few for a header")
+    length = int.from_bytes(file.read(8), "little")
     if not 8 <= length <= file_bytes - 8:
         raise FormatError(
             f"{what} is cut off or not a safetensors file: it says its header has {length:,} bytes,"
@@ -99,7 +100,7 @@ def _parse(data: bytes, what: str) -> tuple[dict[str, Entry], dict[str, str]]:
         raise FormatError(f"{what} is not a safetensors file: its header does not start with {{")
     if any(data.count(mark) > most for mark, most in _MAX_PUNCTUATION.items()):
         raise FormatError(f"{what} has a header with more values than {MAX_TENSORS:,} tensors can need")
-    header = parse_object(data, what=f"the header of {what}")
+    header = parse_object(data, what=f"the header of {what}", most_values=sum(_MAX_PUNCTUATION.values()))
     metadata = header.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError(f"{what}: {METADATA} must map strings to strings")

@@ -1,10 +1,12 @@
 """JSON read strictly and written in one fixed form.
 
-Read: UTF-8, no duplicate keys, finite numbers, no lone surrogates, bounded size; the outermost value is an object.
+Read: UTF-8, no duplicate keys, finite numbers, no lone surrogates, bounded in bytes and in values; the outermost value
+is an object. The bounds keep what a file costs in memory to a few times its largest size, whatever it holds.
 Written: keys sorted, no NaN, so that the same values give the same bytes.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from math import isinf
 from pathlib import Path
@@ -12,17 +14,35 @@ from typing import Any, NoReturn
 
 from qlora_formats.errors import FormatError
 
+# Configs, which people write.
+MAX_CONFIG_BYTES = 16 * 2**20
+# An index and a manifest, which grow with the number of tensors.
 MAX_BYTES = 64 * 2**20
+MAX_VALUES = 2**19
+
+# Longer text must be plain ASCII: one wide character makes a text take four bytes for each of its characters.
+_MAX_WIDE_BYTES = 16 * 2**20
+_MAX_DIGITS = 308
 
 
-def parse_object(data: bytes, *, what: str) -> dict[str, Any]:
+def parse_object(data: bytes, *, what: str, most_values: int = MAX_VALUES) -> dict[str, Any]:
     """Parse one JSON object; `what` names its place in the FormatError, such as a path."""
+    if sum(map(data.count, (b"{", b"[", b","))) > most_values:
+        raise FormatError(f"{what} has more than the {most_values:,} values that such a file may have")
+    if len(data) > _MAX_WIDE_BYTES and (not data.isascii() or b"\\u" in data):
+        raise FormatError(f"{what} is larger than {_MAX_WIDE_BYTES:,} bytes, and not all of it is plain ASCII")
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
         raise FormatError(f"{what} is not UTF-8 text (byte {error.start})") from error
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite_float)
+        value = json.loads(
+            text,
+            object_pairs_hook=_unique,
+            parse_constant=_refuse_constant,
+            parse_float=_finite_float,
+            parse_int=_bounded_int,
+        )
         if "\\u" in text:
             _refuse_lone_surrogates(value)
     except ValueError as error:
@@ -34,16 +54,17 @@ def parse_object(data: bytes, *, what: str) -> dict[str, Any]:
     return value
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Read one JSON file of at most 64 MiB that holds an object; FormatError names the file."""
-    return parse_object(read_bytes(path, limit=MAX_BYTES), what=str(path))
+def read_object(path: Path, *, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """Read one JSON file of at most `limit` bytes that holds an object; FormatError names the file."""
+    return parse_object(read_bytes(path, limit=limit), what=str(path))
 
 
 def read_bytes(path: Path, *, limit: int) -> bytes:
     """Read a whole file of at most `limit` bytes; FormatError where that fails."""
     try:
         with path.open("rb") as file:
-            data = file.read(limit + 1)
+            # No more is asked for than is there: the buffer is made before it is filled.
+            data = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)
     except OSError as error:
         raise FormatError(f"cannot read {path}: {error.strerror}") from error
     if len(data) > limit:
@@ -75,9 +96,11 @@ def is_int(value: Any) -> bool:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice[:80]!r} stands twice")
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"the key {name[:80]!r} stands twice")
+            seen.add(name)
     return result
 
 
@@ -90,6 +113,12 @@ def _finite_float(text: str) -> float:
     if isinf(value):
         raise ValueError(f"{text[:40]} is too large a number")
     return value
+
+
+def _bounded_int(text: str) -> int:
+    if len(text) > _MAX_DIGITS:
+        raise ValueError(f"{text[:40]}... is too large a number")
+    return int(text)
 
 
 def _refuse_lone_surrogates(value: Any) -> None:

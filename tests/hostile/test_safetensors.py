@@ -1,15 +1,13 @@
-"""Malformed safetensors files: each gives one sentence, and no mutation a traceback."""
+"""Malformed safetensors files: each gives one sentence that names it, and costs little memory."""
 
 import json
-import random
+import os
 import re
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save
 
 from qlora_formats.errors import FormatError
 from qlora_formats.tensorfile import TensorFile
@@ -51,6 +49,7 @@ CASES: dict[str, tuple[bytes, str]] = {
     "not UTF-8": (packed(b'{"\xff\xfe":1}'), "is not UTF-8 text (byte 2)"),
     "lone surrogate": (raw('{"\\ud800":' + ENTRY + "}"), "holds half of a surrogate pair"),
     "tensor twice": (raw('{"w":' + ENTRY + ',"w":' + ENTRY + "}"), "the key 'w' stands twice"),
+    "tensor twice, once by an escape": (raw('{"w":' + ENTRY + ',"\\u0077":' + ENTRY + "}"), "the key 'w' stands twice"),
     "key of an entry twice": (raw('{"w":{"dtype":"F32","dtype":"F32"}}'), "the key 'dtype' stands twice"),
     "deep nesting": (raw('{"w":' + '{"a":' * 30_000 + "1" + "}" * 30_000 + "}"), "nested too deeply"),
     "millions of lists": (raw('{"w":[' + "[]," * 2_000_000 + "[]]}"), "more values than 65,536 tensors can need"),
@@ -61,7 +60,23 @@ CASES: dict[str, tuple[bytes, str]] = {
     "NaN": (raw('{"w":{"dtype":"F32","shape":[NaN,3],"data_offsets":[0,24]}}'), "NaN is not a JSON number"),
     "Infinity": (raw('{"w":{"dtype":"F32","shape":[-Infinity],"data_offsets":[0,24]}}'), "-Infinity is not a JSON"),
     "float beyond float64": (raw('{"w":{"dtype":"F32","shape":[1e999],"data_offsets":[0,24]}}'), "1e999 is too large"),
-    "integer of 5,000 digits": (raw('{"w":' + "9" * 5000 + "}"), "is not valid JSON: Exceeds the limit"),
+    "integer of 5,000 digits": (raw('{"w":' + "9" * 5000 + "}"), f"{'9' * 40}... is too large a number"),
+    "integer of 400 digits": (packed(one(data_offsets=[0, 10**399])), f"1{'0' * 39}... is too large a number"),
+    "the last of many keys twice": (
+        raw('{"__metadata__":{' + "".join(f'"{n}":"",' for n in range(200_000)) + '"199999":""}}'),
+        "the key '199999' stands twice",
+    ),
+    "a million values": (raw('{"w":[' + "1," * 1_000_000 + "1]}"), "more values than 65,536 tensors can need"),
+    "a million lines of metadata": (
+        raw('{"__metadata__":{' + ",".join(f'"{n}":""' for n in range(1_000_000)) + "}}"),
+        "more values than 65,536 tensors can need",
+    ),
+    "metadata twice": (raw('{"__metadata__":{},"__metadata__":{}}'), "the key '__metadata__' stands twice"),
+    "metadata of a list": (packed({**GOOD, "__metadata__": {"a": ["b"]}}), "__metadata__ must map strings to strings"),
+    "metadata null": (packed({**GOOD, "__metadata__": None}), "__metadata__ must map strings to strings"),
+    "byte order mark": (packed(b"\xef\xbb\xbf" + json.dumps(GOOD).encode()), "its header does not start with {"),
+    "of UTF-16": (packed(json.dumps(GOOD).encode("utf-16-le")), "is not valid JSON"),
+    "NUL behind the header": (packed(json.dumps(GOOD).encode() + bytes(8)), "is not valid JSON: Extra data"),
     "metadata of numbers": (packed({**GOOD, "__metadata__": {"n": 1}}), "__metadata__ must map strings to strings"),
     "metadata a list": (packed({**GOOD, "__metadata__": []}), "__metadata__ must map strings to strings"),
     "entry a list": (packed({"w": [1, 2]}), "tensor 'w' must have dtype, shape and data_offsets"),
@@ -70,7 +85,15 @@ CASES: dict[str, tuple[bytes, str]] = {
     "empty name": (packed({"": GOOD["w"]}), "'' is no tensor name"),
     "name with a newline": (packed({"a\nb": GOOD["w"]}), r"'a\nb' is no tensor name"),
     "name that turns text around": (packed({"a\u202eb": GOOD["w"]}), "is no tensor name"),
+    "name of a NUL": (packed({"a\0b": GOOD["w"]}), r"'a\x00b' is no tensor name"),
+    "name of 171 characters, 513 bytes": (
+        packed({"\u20ac" * 171: GOOD["w"]}),
+        "is no tensor name (printable, 1 to 512",
+    ),
     "name of 513 bytes": (packed({"n" * 513: GOOD["w"]}), "is no tensor name (printable, 1 to 512 bytes)"),
+    "dtype in small letters": (packed(one(dtype="f32")), "tensor 'w' has the unknown dtype 'f32'"),
+    "dtype null": (packed(one(dtype=None)), "tensor 'w' has the unknown dtype 'None'"),
+    "dtype of half bytes": (packed(one(dtype="F4")), "tensor 'w' has the unknown dtype 'F4'"),
     "unknown dtype": (packed(one(dtype="F31")), "tensor 'w' has the unknown dtype 'F31'"),
     "dtype a number": (packed(one(dtype=32)), "tensor 'w' has the unknown dtype '32'"),
     "rank 9": (packed(one(shape=[1] * 7 + [2, 3])), "a shape that is no list of at most 8 sizes"),
@@ -78,6 +101,10 @@ CASES: dict[str, tuple[bytes, str]] = {
     "negative size": (packed(one(shape=[-2, -3])), "a size in its shape that is no whole number from 0"),
     "fractional size": (packed(one(shape=[2.0, 3])), "a size in its shape that is no whole number from 0"),
     "boolean size": (packed(one(shape=[True, 6])), "a size in its shape that is no whole number from 0"),
+    "size as text": (packed(one(shape=["2", 3])), "a size in its shape that is no whole number from 0"),
+    "size null": (packed(one(shape=[None, 6])), "a size in its shape that is no whole number from 0"),
+    "shape null": (packed(one(shape=None)), "a shape that is no list of at most 8 sizes"),
+    "shape of lists": (packed(one(shape=[[2, 3]])), "a size in its shape that is no whole number from 0"),
     "size of 2**63": (packed(one(shape=[2**63, 0])), "a size in its shape that is no whole number from 0"),
     "product that wraps to 24": (packed(one(shape=[2**62 + 6, 4])), "a shape of more than 2**63 elements"),
     "empty but enormous": (
@@ -91,6 +118,14 @@ CASES: dict[str, tuple[bytes, str]] = {
     "negative offset": (packed(one(data_offsets=[-24, 0])), "data_offsets that are negative or in the wrong"),
     "three offsets": (packed(one(data_offsets=[0, 24, 48])), "data_offsets that are not two whole numbers"),
     "fractional offsets": (packed(one(data_offsets=[0.0, 24.0])), "data_offsets that are not two whole numbers"),
+    "boolean offsets": (packed(one(data_offsets=[False, 24])), "data_offsets that are not two whole numbers"),
+    "offsets as text": (packed(one(data_offsets=["0", "24"])), "data_offsets that are not two whole numbers"),
+    "offsets null": (packed(one(data_offsets=None)), "data_offsets that are not two whole numbers"),
+    "offsets that wrap to 24": (packed(one(data_offsets=[0, 2**64 + 24])), "has more than 2**64 bytes where F32 of"),
+    "empty tensor beyond the end": (
+        packed({**GOOD, "e": one(shape=[0], data_offsets=[99, 99])["w"]}),
+        "tensor 'e' leaves a hole before it, at data offset 99",
+    ),
     "huge offsets": (
         packed(one(data_offsets=[0, 10**30])),
         "has more than 2**64 bytes where F32 of",
@@ -127,7 +162,14 @@ def test_a_malformed_file_gives_one_sentence_that_names_it(tmp_path: Path, case:
     assert peak_bytes < 256 * 2**20
 
 
-def test_a_folder_and_an_absent_file_are_sentences_too(tmp_path: Path) -> None:
+def test_what_is_no_file_is_a_sentence_too(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(FormatError, match="is not a safetensors file: it has 0 bytes, too few for a header"):
+            TensorFile.open(path)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(FormatError, match=r"cannot read .*: Too many levels of symbolic links"):
+        TensorFile.open(tmp_path / "loop")
     with pytest.raises(FormatError, match=r"cannot read .*: Is a directory"):
         TensorFile.open(tmp_path)
     with pytest.raises(FormatError, match=r"cannot read .*: No such file"):
@@ -140,65 +182,12 @@ def test_the_largest_and_the_smallest_that_is_allowed_opens(tmp_path: Path) -> N
         ({}, 0),
         ({"n" * 512: one()["w"]}, 24),
         (one(shape=[1] * 6 + [2, 3]), 24),
+        ({"__metadata__": {"x" * 10_000: "y" * 1_000_000}, **GOOD}, 24),
+        ({f"t{n}": {"dtype": "U8", "shape": [1] * 8, "data_offsets": [n, n + 1]} for n in range(65_536)}, 65_536),
         (one(shape=[0], data_offsets=[0, 0]), 0),
         ({"z": one(shape=[0], data_offsets=[0, 0])["w"], **GOOD, "y": one(shape=[0], data_offsets=[24, 24])["w"]}, 24),
     ]:
         path.write_bytes(packed(json.dumps(header).encode().ljust(8), n_data))
         file = TensorFile.open(path)
-        assert all(not file.tensor(name).any() for name in file.infos)
-
-
-MUTATIONS = 2_000
-
-
-def mutated(data: bytes, n_header: int, rng: random.Random) -> bytes:
-    """One of several ways to damage the length, the header or the end of a file."""
-    at = rng.randrange(8, n_header)
-    match rng.randrange(8):
-        case 0:
-            return data[:at] + bytes([rng.randrange(256)]) + data[at + 1 :]
-        case 1:
-            return data[:at] + bytes([data[at] ^ (1 << rng.randrange(8))]) + data[at + 1 :]
-        case 2:
-            return data[: rng.randrange(len(data))]
-        case 3:
-            length = rng.choice([0, 1, 7, rng.randrange(n_header), rng.randrange(2**64)])
-            return length.to_bytes(8, "little") + data[8:]
-        case 4:
-            digits = [n for n in range(8, n_header) if data[n : n + 1].isdigit()]
-            at = rng.choice(digits)
-            number = str(rng.choice([0, 1, 2**31, 2**63, 2**64, 10**40, -1, rng.randrange(1000)])).encode()
-            return fitted(data[8:at] + number + data[at + 1 : n_header], data[n_header:])
-        case 5:
-            end = rng.randrange(at, min(n_header, at + 60))
-            return fitted(data[8:at] + data[end:n_header], data[n_header:])
-        case 6:
-            piece = rng.choice([b"{", b"}", b"[", b"]", b'"', b",", b"NaN", b"null", b"\\u0000", b"\xc3", b"1e9"])
-            return fitted(data[8:at] + piece + data[at:n_header], data[n_header:])
-        case _:
-            end = rng.randrange(at, min(n_header, at + 90))
-            return fitted(data[8:end] + data[at:n_header], data[n_header:])
-
-
-def fitted(header: bytes, rest: bytes) -> bytes:
-    return len(header).to_bytes(8, "little") + header + rest
-
-
-def test_a_mutated_file_is_refused_or_opens_as_a_valid_one(tmp_path: Path) -> None:
-    rng = random.Random(0)
-    tensors = {f"model.layers.{n}.weight": torch.zeros(n + 1, 3) for n in range(5)}
-    data = save({**tensors, "empty": torch.zeros(0, 4), "codes": torch.zeros(7, dtype=torch.uint8)}, {"format": "pt"})
-    n_header = 8 + int.from_bytes(data[:8], "little")
-    path = tmp_path / "x"
-    refused = 0
-    for _ in range(MUTATIONS):
-        path.write_bytes(mutated(data, n_header, rng))
-        try:
-            file = TensorFile.open(path)
-        except FormatError:
-            refused += 1
-            continue
-        for name, info in file.infos.items():
-            assert (file.tensor(name).dtype, tuple(file.tensor(name).shape)) == info[:2]
-    # A name or a byte of the metadata may change without harm.
-    assert MUTATIONS * 0.6 < refused < MUTATIONS
+        assert len(file.infos) == len(header.keys() - {"__metadata__"})
+        assert all(not file.tensor(name).any() for name in list(file.infos)[-3:])
