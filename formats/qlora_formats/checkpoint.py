@@ -11,9 +11,10 @@ from torch import Tensor
 
 from qlora_formats.commit import PartialFolder
 from qlora_formats.errors import FormatError
+from qlora_formats.folder import has_file, is_plain_name, require_inside
 from qlora_formats.loading import Load
-from qlora_formats.manifest import Manifest, is_plain_name
-from qlora_formats.strict_json import pretty, read_object
+from qlora_formats.manifest import Manifest
+from qlora_formats.strict_json import MAX_BYTES, pretty, read_object
 from qlora_formats.target import partial_path
 from qlora_formats.tensorfile import TensorFile, TensorInfo, TensorPlan, write_tensors
 
@@ -67,16 +68,16 @@ class CheckpointFolder:
         `load` says how its tensors come into memory later.
         """
         require_folder(path)
-        if not (path / CONFIG).is_file():
+        if not has_file(path, CONFIG):
             raise FormatError(f"{path} is not a model: it has no {CONFIG}{_instead(path)}")
-        generation = path / GENERATION_CONFIG
+        has_generation = has_file(path, GENERATION_CONFIG)
         with collector_paused():
             return cls(
                 path,
                 config=read_object(path / CONFIG),
-                generation_config=read_object(generation) if generation.is_file() else {},
+                generation_config=read_object(path / GENERATION_CONFIG) if has_generation else {},
                 files=_open_weights(path, load=load),
-                manifest=Manifest.read_if_present(path),
+                manifest=Manifest.read_if_present(path, kinds=("store", "checkpoint")),
             )
 
     @property
@@ -111,7 +112,7 @@ class CheckpointFolder:
         """
         found = sorted({file for pattern in CARRIED for file in self.path.glob(pattern) if file.is_file()})
         for file in found:
-            require_inside(file)
+            require_inside(self.path, file)
         return found
 
     def _file_of(self, name: str) -> TensorFile:
@@ -197,9 +198,9 @@ def _split(plans: Sequence[TensorPlan], most: int) -> Iterator[list[TensorPlan]]
 
 
 def _open_weights(path: Path, *, load: Load) -> dict[str, TensorFile]:
-    if (path / WEIGHTS).is_file():
+    if has_file(path, WEIGHTS):
         return {WEIGHTS: TensorFile.open(path / WEIGHTS, load=load)}
-    if not (path / INDEX).is_file():
+    if not has_file(path, INDEX):
         raise FormatError(f"{path} holds no weights: neither {WEIGHTS} nor {INDEX}{_instead(path)}")
     index = path / INDEX
     weight_map = read_index(index)
@@ -211,7 +212,7 @@ def _open_weights(path: Path, *, load: Load) -> dict[str, TensorFile]:
 
 def read_index(index: Path) -> dict[str, str]:
     """Which file holds which tensor, by an index; FormatError unless every file is named plainly."""
-    weight_map = read_object(index).get("weight_map")
+    weight_map = read_object(index, limit=MAX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{index} has no weight_map from tensors to files")
     known: set[str] = set()
@@ -224,13 +225,11 @@ def read_index(index: Path) -> dict[str, str]:
 
 def shard_path(index: Path, name: str) -> Path:
     """The file that an index names; FormatError unless it lies in the index's own folder."""
-    path = index.parent / name
-    if not path.is_file():
+    if not has_file(index.parent, name):
         raise FormatError(
-            f"{path.parent} lacks the shard {name} that {index.name} names: fetch or make the folder again"
+            f"{index.parent} lacks the shard {name} that {index.name} names: fetch or make the folder again"
         )
-    require_inside(path)
-    return path
+    return index.parent / name
 
 
 def check_shard(index: Path, weight_map: Mapping[str, str], name: str, *, tensors: Collection[str]) -> None:
@@ -243,17 +242,6 @@ def check_shard(index: Path, weight_map: Mapping[str, str], name: str, *, tensor
     for tensor, holder in weight_map.items():
         if holder == name and tensor not in tensors:
             raise FormatError(f"{path} lacks the tensor {tensor!r} that {index.name} places there")
-
-
-def require_inside(path: Path) -> None:
-    """FormatError if `path` is a link that leads out of its folder."""
-    folder = path.parent.resolve()
-    inside = {folder}
-    if folder.parent.name == "snapshots":
-        # The Hub's cache: snapshots/REVISION/NAME links to blobs/HASH.
-        inside.add(folder.parent.parent / "blobs")
-    if path.resolve().parent not in inside:
-        raise FormatError(f"{path} is a link that leads out of its folder, to {path.resolve()}: copy the file there")
 
 
 def _instead(path: Path) -> str:

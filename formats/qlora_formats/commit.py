@@ -17,9 +17,10 @@ from typing import Any, Self
 
 from qlora_formats import disk
 from qlora_formats.errors import CommitError, FormatError
+from qlora_formats.folder import is_plain_name
 from qlora_formats.hashing import hash_file
 from qlora_formats.journal import JOURNAL, Journal, file_line, survey, temporaries, temporary, whole_files
-from qlora_formats.manifest import KINDS, MANIFEST, FileRecord, Manifest, difference, is_plain_name
+from qlora_formats.manifest import KINDS, MANIFEST, FileRecord, Manifest, difference
 from qlora_formats.strict_json import normal
 from qlora_formats.target import partial_path, refuse_existing
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qlora_formats.errors import CommitError, FormatError
+from qlora_formats.folder import is_plain_name
 from qlora_formats.hashing import hash_files
-from qlora_formats.manifest import MANIFEST, FileRecord, Manifest, is_plain_name
+from qlora_formats.manifest import MANIFEST, FileRecord, Manifest
 from qlora_formats.strict_json import MAX_BYTES, canonical, parse_object, read_bytes
 
 JOURNAL = "journal.jsonl"
@@ -85,7 +86,7 @@ def whole_files(folder: Path, files: Mapping[str, FileRecord]) -> dict[str, File
     """Those of `files` that are there with the recorded size and sha256, in their order."""
 
     def has_its_size(path: Path, record: FileRecord) -> bool:
-        return path.is_file() and path.stat().st_size == record.bytes
+        return not path.is_symlink() and path.is_file() and path.stat().st_size == record.bytes
 
     found = hash_files(folder / name for name, record in files.items() if has_its_size(folder / name, record))
     return {name: record for name, record in files.items() if found.get(folder / name) == record[:2]}
@@ -108,4 +109,6 @@ def _parse_file_line(line: bytes) -> tuple[str, FileRecord] | None:
         return None
     name = entry.pop("name", None)
     record = FileRecord.of_json(entry)
-    return (name, record) if isinstance(name, str) and is_plain_name(name) and record is not None else None
+    if not isinstance(name, str) or not is_plain_name(name) or name in {JOURNAL, MANIFEST} or record is None:
+        return None
+    return name, record

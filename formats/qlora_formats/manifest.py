@@ -7,15 +7,16 @@ or paths: the same inputs give the same bytes.
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
 from qlora_formats.errors import FormatError
+from qlora_formats.folder import has_file, is_plain_name
 from qlora_formats.hashing import hash_files
-from qlora_formats.strict_json import MAX_BYTES, canonical, parse_object, pretty, read_bytes
+from qlora_formats.strict_json import MAX_BYTES, canonical, is_int, parse_object, pretty, read_bytes
 
 MANIFEST = "qlora_pipe.json"
 FORMAT = "qlora_pipe"
@@ -48,7 +49,7 @@ class FileRecord(NamedTuple):
             return None
         if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
             return None
-        return cls(size, sha256, facts) if isinstance(facts, dict) else None
+        return cls(size, sha256, facts) if _are_facts(facts) else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,15 +84,17 @@ class Manifest:
         return manifest
 
     @classmethod
-    def read_if_present(cls, folder: Path) -> Self | None:
-        """As `read`, but None for a folder without a manifest or no folder at all."""
+    def read_if_present(cls, folder: Path, *, kinds: Collection[str] = KINDS) -> Self | None:
+        """As `read`, but None for a folder without a manifest or no folder at all; `kinds` are those that will do."""
         path = folder / MANIFEST
-        if not path.is_file():
+        if not has_file(folder, MANIFEST):
             return None
         manifest = cls.parse(read_bytes(path, limit=MAX_BYTES), what=str(path))
+        if manifest.kind not in kinds:
+            raise FormatError(f"{path} says that the folder is of kind {manifest.kind}, not {' or '.join(kinds)}")
         for name, record in manifest.files.items():
             file = folder / name
-            if not file.is_file():
+            if not has_file(folder, name):
                 raise FormatError(f"{folder} lacks the file {name} that its {MANIFEST} names: make or fetch it again")
             if file.stat().st_size != record.bytes:
                 raise FormatError(
@@ -124,7 +127,7 @@ class Manifest:
         body = parse_object(data, what=what)
         if body.get("format") != FORMAT:
             raise FormatError(f"{what} is not a manifest of qlora-pipe (its format is {body.get('format')!r})")
-        if body.get("version") != VERSION:
+        if not is_int(body.get("version")) or body["version"] != VERSION:
             raise FormatError(
                 f"{what} has format version {body.get('version')!r} and this program reads {VERSION}: update qlora-pipe"
             )
@@ -155,16 +158,24 @@ def difference(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> str | N
     return ", ".join(named) + (f", and {more} more" if more else "")
 
 
-def is_plain_name(name: str) -> bool:
-    """Whether `name` is the name of a file in a folder: no path, not hidden, printable, at most 255 bytes."""
-    return name.isprintable() and not name.startswith(".") and "/" not in name and 0 < len(name.encode()) <= 255
-
-
 def _body(
     kind: str, inputs: Mapping[str, Any], files: Mapping[str, FileRecord], fields: Mapping[str, Any]
 ) -> dict[str, Any]:
     records = {name: record.as_json() for name, record in files.items()}
     return {**fields, "format": FORMAT, "version": VERSION, "kind": kind, "inputs": dict(inputs), "files": records}
+
+
+def _are_facts(value: Any) -> bool:
+    """Whether what stands about each tensor, if anything does, is what readers of it count on."""
+    tensors = value.get("tensors", {}) if isinstance(value, dict) else None
+    return isinstance(tensors, dict) and all(
+        isinstance(known, dict)
+        and isinstance(known.get("sha256", ""), str)
+        and isinstance(error := known.get("relative_error", 0.0), int | float)
+        and not isinstance(error, bool)
+        and error >= 0
+        for known in tensors.values()
+    )
 
 
 def _digest(body: Mapping[str, Any]) -> str:

@@ -39,8 +39,8 @@ _MAX_STATE_BYTES = 2**16
 # The longest that a float32's value gets when Python prints it.
 _MAX_OFFSET = "-1.1754943508222875e-38"
 _MAX_FLOAT32 = torch.finfo(torch.float32).max
-# A number as JSON has it.
-_OFFSET = re.compile(rb'"nested_offset": (-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?)(?=[,}])')
+# A number as JSON has it, and of a sane length.
+_OFFSET = re.compile(rb'"nested_offset": (-?(?:0|[1-9][0-9]{0,19})(?:\.[0-9]{1,40})?(?:[eE][-+]?[0-9]{1,2})?)(?=[,}])')
 
 
 class QuantState(NamedTuple):
@@ -153,6 +153,8 @@ def read_states(folder: CheckpointFolder) -> dict[str, QuantState]:
         what = f"{folder.path}: weight {weight!r}"
         if weight in kinds or weight not in names:
             raise FormatError(f"{what} has {'two quant_states' if weight in kinds else 'a quant_state but no codes'}")
+        if _STATE in weight or (weight.endswith(_COMPONENTS) and weight.rpartition(".")[0] in names):
+            raise FormatError(f"{what} has a quant_state, although it is itself a part of another weight")
         info = folder.info(name)
         if info.dtype != torch.uint8 or len(info.shape) != 1 or info.end - info.start > _MAX_STATE_BYTES:
             raise FormatError(f"{what}: quant_state is no list of at most {_MAX_STATE_BYTES:,} bytes (U8)")

@@ -21,6 +21,7 @@ from qlora_formats.checkpoint import (
 )
 from qlora_formats.commit import PartialFolder
 from qlora_formats.errors import FormatError
+from qlora_formats.folder import has_file
 from qlora_formats.layout import PAGE_BYTES, Piece, StorePlan, place
 from qlora_formats.loading import Load
 from qlora_formats.manifest import Manifest
@@ -80,7 +81,10 @@ class Store:
                 raise FormatError(
                     f"{path} is not a 4-bit checkpoint: {CONFIG} has no quantization_config of bitsandbytes"
                 )
-            return cls(folder, read_states(folder))
+            states = read_states(folder)
+        if not states:
+            raise FormatError(f"{path} holds no weight in 4 bits, although its {CONFIG} says that it does")
+        return cls(folder, states)
 
     @property
     def path(self) -> Path:
@@ -156,8 +160,7 @@ class Store:
 def is_store(path: Path) -> bool:
     """Whether the folder's config.json says that bitsandbytes quantised it to 4 bits; FormatError if it is no model."""
     require_folder(path)
-    config = path / CONFIG
-    return config.is_file() and _is_four_bit(read_object(config))
+    return has_file(path, CONFIG) and _is_four_bit(read_object(path / CONFIG))
 
 
 class _Made(NamedTuple):

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qlora_formats.errors import FormatError
+from qlora_formats.folder import is_plain_name
 from qlora_formats.hashing import CHUNK_BYTES, Meter, hash_file, in_threads
 from qlora_formats.header import MAX_HEADER_BYTES, Entry, read_header
 from qlora_formats.held_file import HeldFile
-from qlora_formats.manifest import MANIFEST, FileRecord, Manifest, is_plain_name
+from qlora_formats.manifest import MANIFEST, FileRecord, Manifest
 from qlora_formats.quant_state import KINDS, components_of, state_name
 from qlora_formats.strict_json import MAX_BYTES, parse_object, read_bytes
 

@@ -22,11 +22,11 @@ from qlora_formats.checkpoint import (
     CheckpointFolder,
     check_shard,
     read_index,
-    require_inside,
     shard_names,
     shard_path,
 )
 from qlora_formats.commit import PartialFolder, commit_folder
+from qlora_formats.folder import require_inside
 from qlora_formats.hashing import hash_files
 from qlora_formats.header import MAX_HEADER_BYTES
 from qlora_formats.removal import finish_removal, remove_folder
@@ -95,7 +95,7 @@ class Pickles:
         index, weight_map = path / PICKLED_INDEX, None
         if (path / PICKLED_WEIGHTS).is_file():
             names = [PICKLED_WEIGHTS]
-            require_inside(path / PICKLED_WEIGHTS)
+            require_inside(path, path / PICKLED_WEIGHTS)
         else:
             weight_map = read_index(index)
             names = sorted(set(weight_map.values()))

@@ -369,8 +369,11 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "file by an absolute path": (place("x", "/etc/passwd"), "in '/etc/passwd', which is no file name"),
     "file name a number": (place("x", 3), "in '3', which is no file name"),
     "shard missing": (instead_of_shard_1(lambda _: None), "lacks the shard pytorch_model-00001-of-00002.bin"),
-    "shard a pipe": (instead_of_shard_1(os.mkfifo), "lacks the shard pytorch_model-00001-of-00002.bin"),
-    "shard a folder": (instead_of_shard_1(Path.mkdir), "lacks the shard pytorch_model-00001-of-00002.bin"),
+    "shard a pipe": (
+        instead_of_shard_1(os.mkfifo),
+        "model-00001-of-00002.bin is a pipe or a device where a file is needed",
+    ),
+    "shard a folder": (instead_of_shard_1(Path.mkdir), "model-00001-of-00002.bin is a folder where a file is needed"),
     "shard a link out": (
         instead_of_shard_1(lambda shard: shard.symlink_to(shard.parent.parent / "elsewhere.bin")),
         "pytorch_model-00001-of-00002.bin is a link that leads out of its folder",
