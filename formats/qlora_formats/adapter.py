@@ -15,6 +15,7 @@ from qlora_formats.adapter_config import AdapterConfig
 from qlora_formats.checkpoint import require_folder
 from qlora_formats.commit import PartialFolder
 from qlora_formats.errors import FormatError
+from qlora_formats.folder import has_file
 from qlora_formats.loading import Load
 from qlora_formats.manifest import Manifest
 from qlora_formats.strict_json import pretty
@@ -28,6 +29,8 @@ _PREFIX = "base_model.model."
 _KEY = re.compile(re.escape(_PREFIX) + r"(.+)\.lora_([AB])\.weight")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
+# What takes a few seconds.
+_MAX_STEPS = 2**33
 _PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_2_SEQ_LM": "text2text-generation"}
 
 
@@ -51,10 +54,10 @@ class AdapterFolder:
         `load` says how its tensors come into memory later.
         """
         require_folder(path)
-        if not (path / ADAPTER_CONFIG).is_file():
+        if not has_file(path, ADAPTER_CONFIG):
             instead = "; it is a model" if (path / "config.json").is_file() else ""
             raise FormatError(f"{path} is not an adapter: it has no {ADAPTER_CONFIG}{instead}")
-        if not (path / ADAPTER_WEIGHTS).is_file():
+        if not has_file(path, ADAPTER_WEIGHTS):
             instead = (
                 "; adapter_model.bin is a pickle, which is not read: load it with PEFT and save it as safetensors"
                 if (path / "adapter_model.bin").is_file()
@@ -62,7 +65,7 @@ class AdapterFolder:
             )
             raise FormatError(f"{path} holds no {ADAPTER_WEIGHTS}{instead}")
         config, file = AdapterConfig.read(path / ADAPTER_CONFIG), TensorFile.open(path / ADAPTER_WEIGHTS, load=load)
-        manifest = Manifest.read_if_present(path)
+        manifest = Manifest.read_if_present(path, kinds=("adapter",))
         return cls(path, config=config, file=file, modules=_checked_modules(file, config), manifest=manifest)
 
     @property
@@ -108,6 +111,10 @@ def _checked_modules(file: TensorFile, config: AdapterConfig) -> list[str]:
         if info.dtype not in _FLOATS or len(info.shape) != 2:
             raise FormatError(f"{file.path}: {key!r} is not a matrix of float32, float16 or bfloat16")
         modules.add(match[1])
+    if config.matching_steps(modules) > _MAX_STEPS:
+        raise FormatError(
+            f"{file.path}: the patterns of {ADAPTER_CONFIG} are too complex to be matched with {len(modules):,} modules"
+        )
     for module in sorted(modules):
         a, b = file.infos.get(_key(module, "A")), file.infos.get(_key(module, "B"))
         if a is None or b is None:

@@ -6,8 +6,9 @@ give other outputs. Keys without an effect on them are ignored.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -36,8 +37,13 @@ _REFUSED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 _Number = TypeVar("_Number", int, float)
 
+_MAX_RANK = 2**16
+_MAX_PATTERNS = 4096
 _MAX_PATTERN = 256
-_MAX_QUANTIFIERS = 2
+_MAX_REPETITIONS = 2
+_REPETITION = re.compile(r"[*+?{]")
+# A repeated group, what looks ahead or depends on a group, and a reference back to one.
+_UNSAFE = re.compile(r"\)[*+?{]|\(\?(?!:)|\\[0-9]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +73,15 @@ class AdapterConfig:
         """What B A x is multiplied by: alpha/r, or alpha/sqrt(r) with rsLoRA (arXiv 2312.03732)."""
         r = self.rank(module_path)
         return _by_pattern(self.alpha_pattern, module_path, self.lora_alpha) / (math.sqrt(r) if self.use_rslora else r)
+
+    def matching_steps(self, modules: Collection[str]) -> int:
+        """About how many steps it takes to match every pattern with every one of these module paths."""
+        lengths = [len(module) for module in modules]
+        return sum(
+            (1 + pattern.count("|")) * sum(length ** (1 + len(_REPETITION.findall(pattern))) for length in lengths)
+            for patterns in (self.rank_pattern, self.alpha_pattern)
+            for pattern in patterns
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The keys that every version of PEFT reads; newer ones would break older versions."""
@@ -104,7 +119,7 @@ class AdapterConfig:
         return cls(
             r=_rank(fields.get("r"), f"{path}: r"),
             lora_alpha=_number(fields.get("lora_alpha"), f"{path}: lora_alpha"),
-            lora_dropout=_number(fields.get("lora_dropout", 0.0), f"{path}: lora_dropout"),
+            lora_dropout=_share(fields.get("lora_dropout", 0.0), f"{path}: lora_dropout"),
             use_rslora=_boolean(fields, "use_rslora", path),
             target_modules=targets,
             task_type=_text(fields, "task_type", path),
@@ -134,30 +149,52 @@ def _refuse_features(fields: Mapping[str, Any], path: Path) -> None:
 
 def _by_pattern(patterns: Mapping[str, _Number], module_path: str, otherwise: _Number) -> _Number:
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module_path):
+        if _compiled(pattern).match(module_path):
             return value
     return otherwise
+
+
+@lru_cache(maxsize=2 * _MAX_PATTERNS)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _pattern(fields: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
     patterns = fields.get(key) or {}
     if not isinstance(patterns, dict):
         raise FormatError(f"{path}: {key} is no map from module names to numbers")
+    if len(patterns) > _MAX_PATTERNS:
+        raise FormatError(f"{path}: {key} has {len(patterns):,} patterns; at most {_MAX_PATTERNS:,} are read")
     for pattern in patterns:
-        # It comes from a stranger, and a pattern of nested repetitions can match for hours.
-        repeats = re.findall(r"[*+?{]", pattern)
-        if len(pattern) > _MAX_PATTERN or len(repeats) > _MAX_QUANTIFIERS or re.search(r"\)[*+?{]", pattern):
+        # It comes from a stranger, and a pattern whose choices multiply can match for hours.
+        repetitions = len(_REPETITION.findall(pattern))
+        unsafe = _UNSAFE.search(pattern) or _groups_of_alternatives(pattern) > 1
+        if len(pattern) > _MAX_PATTERN or repetitions > _MAX_REPETITIONS or unsafe:
             raise FormatError(f"{path}: {key} has the pattern {pattern[:60]!r}, too complex to be matched safely")
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, OverflowError) as error:
             raise FormatError(f"{path}: {key} has the invalid pattern {pattern!r}: {error}") from error
     return patterns
 
 
+def _groups_of_alternatives(pattern: str) -> int:
+    """How many groups of the pattern, the whole of it included, offer alternatives."""
+    found, open_groups = 0, [False]
+    for mark in re.findall(r"[(|)]", pattern):
+        if mark == "(":
+            open_groups.append(False)
+        elif mark == "|":
+            found += not open_groups[-1]
+            open_groups[-1] = True
+        elif len(open_groups) > 1:
+            open_groups.pop()
+    return found
+
+
 def _rank(value: Any, what: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise FormatError(f"{what} is {str(value)[:40]!r}, which is no positive whole number")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_RANK:
+        raise FormatError(f"{what} is {str(value)[:40]!r}, which is no whole number from 1 to {_MAX_RANK:,}")
     return value
 
 
@@ -165,6 +202,12 @@ def _number(value: Any, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise FormatError(f"{what} is {str(value)[:40]!r}, which is no number")
     return value
+
+
+def _share(value: Any, what: str) -> float:
+    if not 0 <= _number(value, what) <= 1:
+        raise FormatError(f"{what} is {str(value)[:40]!r}, which does not lie between 0 and 1")
+    return float(value)
 
 
 def _text(fields: Mapping[str, Any], key: str, path: Path) -> str | None:
