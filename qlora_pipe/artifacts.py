@@ -114,8 +114,9 @@ class Model:
         if self.repo is not None:
             return self.repo
         manifest = self.weights.manifest
-        source = manifest.inputs.get("source", {}) if manifest is not None else {}
-        return source.get("repo") if isinstance(source, dict) else None
+        source = manifest.inputs.get("source") if manifest is not None else None
+        repo = source.get("repo") if isinstance(source, dict) else None
+        return repo if isinstance(repo, str) else None
 
 
 @dataclass(frozen=True)
@@ -125,11 +126,28 @@ class Checkpoint(Model):
     weights: CheckpointFolder
 
     @classmethod
+    def open(cls, name: str | Path, *, load: Load = "mmap", note: Callable[[str], None] = lambda _: None) -> Self:
+        """As `Model.open`; DataError where its weights were quantised, by whatever method."""
+        opened = super().open(name, load=load, note=note)
+        opened.require_plain()
+        return opened
+
+    @classmethod
     def at(cls, found: Resolved, *, load: Load = "mmap") -> Self:
         """Open what a name was resolved to; DataError where it is a 4-bit store."""
         if is_store(found.path):
             raise DataError(f"{found.path} is already a 4-bit store; name the 16-bit checkpoint it was made from.")
         return cls(found.path, CheckpointFolder.open(found.path, load=load), found.repo, found.revision)
+
+    def require_plain(self) -> None:
+        """Raise DataError where a method that is not read here has quantised the weights: they are no plain numbers."""
+        settings = self.config.get("quantization_config")
+        if settings:
+            method = settings.get("quant_method") if isinstance(settings, dict) else settings
+            raise DataError(
+                f"{self.path} was quantised (config.json: quantization_config, method {str(method)[:40]!r});"
+                " only 16-bit and 32-bit weights and 4-bit ones of bitsandbytes are read."
+            )
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of one tensor."""
@@ -160,7 +178,11 @@ def open_model(
     """Open a base of either kind by its folder or Hub id; `load` and `note` as of `Model.open`."""
     found = resolve(str(name))
     note_network(found.path, load, note)
-    return (QuantizedCheckpoint if is_store(found.path) else Checkpoint).at(found, load=load)
+    if is_store(found.path):
+        return QuantizedCheckpoint.at(found, load=load)
+    opened = Checkpoint.at(found, load=load)
+    opened.require_plain()
+    return opened
 
 
 def note_network(path: Path, load: Load, note: Callable[[str], None]) -> None:
@@ -204,8 +226,10 @@ class Adapter:
         The same weights count as the same wherever they were fetched from.
         """
         manifest = self.folder.manifest
-        trained_on = {} if manifest is None else manifest.inputs.get("base", {})
-        return all(trained_on[key] == base.identity.get(key) for key in _CONTENT if key in trained_on)
+        trained_on = None if manifest is None else manifest.inputs.get("base")
+        return not isinstance(trained_on, dict) or all(
+            trained_on[key] == base.identity.get(key) for key in _CONTENT if key in trained_on
+        )
 
 
 @dataclass(frozen=True)

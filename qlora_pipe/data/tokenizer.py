@@ -1,7 +1,6 @@
 """A checkpoint's own tokenizer, read from tokenizer.json, and the two control tokens that training needs of it."""
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +9,8 @@ from typing import Any
 
 import tokenizers
 
+from qlora_formats.errors import FormatError
+from qlora_formats.strict_json import read_object
 from qlora_pipe.data.rows import LONE_SURROGATE
 from qlora_pipe.errors import ConfigError, DataError, MissingInputError
 
@@ -97,12 +98,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as fault:
-        raise ConfigError(f"{path} is not valid JSON: {fault}") from fault
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path} must hold a JSON object")
-    return config
+        return read_object(path)
+    except FormatError as fault:
+        raise ConfigError(f"{fault}.") from fault
 
 
 @contextmanager

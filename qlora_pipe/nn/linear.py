@@ -17,10 +17,18 @@ _TENSORS = ("codes", "absmax", "levels", "nested_absmax", "nested_levels", "offs
 def quantized_tensor(stored: StoredWeight, *, name: str) -> QuantizedTensor:
     """Join what a store holds of a weight with the arithmetic that reads it.
 
-    Raises DataError where the stored table of levels is neither NF4's nor FP4's: it would dequantise to nonsense.
+    Raises DataError where the stored table of levels is neither NF4's nor FP4's, or the scales of the scales are not
+    finite: it would dequantise to nonsense.
     """
     if recognise(stored.levels) != stored.kind:
         raise DataError(f"{name}: its quant_map is not {stored.kind}'s table of levels; the file is of another format.")
+    # These are few; the scales themselves are as many as blocks, and are not read before they are used.
+    for part in ("nested_absmax", "nested_levels"):
+        table = getattr(stored, part)
+        if table is not None and not bool(torch.isfinite(table).all()):
+            raise DataError(
+                f"{name}: its {part.replace('levels', 'quant_map')} holds NaN or infinity; the file is damaged."
+            )
     return QuantizedTensor(**{field: getattr(stored, field) for field in QuantizedTensor._fields})
 
 

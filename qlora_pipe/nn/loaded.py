@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qlora_pipe.architecture import Architecture
-from qlora_pipe.errors import DataError
+from qlora_pipe.errors import ConfigError, DataError
 from qlora_pipe.generate.decoding import CausalModel
 
 
@@ -46,7 +46,18 @@ class LoadedModel:
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """The ids that end a text: generation_config's eos_token_id, else config's; one id or a list."""
-        found = self.generation_config.get("eos_token_id", self.config.get("eos_token_id"))
-        ids = found if isinstance(found, list) else [found]
-        return frozenset(item for item in ids if isinstance(item, int))
+        """The ids that end a text: generation_config's eos_token_id, else config's; one id or a list.
+
+        ConfigError where that is no id: a text that never ends would be put down to the model.
+        """
+        for file, config in (("generation_config.json", self.generation_config), ("config.json", self.config)):
+            found = config.get("eos_token_id")
+            if found is None:
+                continue
+            ids = found if isinstance(found, list) else [found]
+            if not all(type(item) is int and item >= 0 for item in ids):
+                raise ConfigError(
+                    f'{file}: "eos_token_id" is {repr(found)[:60]}; it must be a token\'s id or a list of ids.'
+                )
+            return frozenset(ids)
+        return frozenset()

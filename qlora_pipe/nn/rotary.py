@@ -17,6 +17,7 @@ from qlora_pipe.nn.fields import Fields
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 MOST_POSITIONS = 2**30
 _MOST = 1e6
+_MOST_THETA = 1e18
 
 
 def _growth(head_dim: int, theta: float | Tensor) -> Tensor:
@@ -136,11 +137,14 @@ def rotary_from(config: Fields, *, head_dim: int) -> Rotary:
     a field that is absurd, of an unknown kind, or says otherwise in one generation than in the other.
     """
     max_positions = config.integer("max_position_embeddings", most=MOST_POSITIONS, default=2048)
-    theta = config.number("rope_theta", above=1, default=10_000.0)
+    theta = config.number("rope_theta", above=1, at_most=_MOST_THETA, default=10_000.0)
     section = _the_section(config)
     if section is None:
         return Rotary(default_frequencies(head_dim, theta), context=max_positions)
-    theta = section.number("rope_theta", above=1, default=theta)
+    for name, value in section.values.items():
+        if isinstance(value, dict):
+            raise section.error(name, "a single value: layers of different kinds are not built here")
+    theta = section.number("rope_theta", above=1, at_most=_MOST_THETA, default=theta)
     kind = section.choice("rope_type" if section.has("rope_type") else "type", KINDS, default="default")
     if section.number("partial_rotary_factor", default=1.0) != 1.0:
         raise section.error("partial_rotary_factor", "1: heads are turned as a whole")

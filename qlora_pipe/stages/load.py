@@ -60,6 +60,13 @@ def load(
     return LoadedModel(module, architecture, base.config, base.weights.generation_config, dtype, device)
 
 
+def require_weight_type(weight: Tensor, *, name: str) -> None:
+    """Raise DataError unless a tensor's type is one that weights are computed with: float32, its halves, or float64."""
+    if weight.dtype not in (torch.float64, *DTYPES.values()):
+        kind = str(weight.dtype).removeprefix("torch.")
+        raise DataError(f"{name} holds {kind} where weights in {', '.join(DTYPES)} or float64 are read.")
+
+
 def _fill(
     module: nn.Module,
     base: Checkpoint | QuantizedCheckpoint,
@@ -105,11 +112,16 @@ def _place(
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     if isinstance(stored, StoredWeight):
+        if not isinstance(owner, nn.Linear) or leaf != "weight":
+            raise DataError(
+                f"{name} is stored in 4 bits, and only the weights of linear layers can be computed with so."
+            )
         bias = getattr(owner, "bias", None)
         layer = QuantizedLinear(quantized_tensor(stored, name=name), bias=None).to(device)
         # A bias that came first is kept, one that comes later finds the new layer.
         layer.bias = bias
         replace_module(module, path, layer)
         return
+    require_weight_type(stored, name=name)
     # A float64 model is wanted by tests alone; everything a user computes in is at most 32 bits wide.
     setattr(owner, leaf, nn.Parameter(stored.to(device=device, dtype=dtype), requires_grad=False))

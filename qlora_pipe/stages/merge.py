@@ -22,7 +22,7 @@ from qlora_pipe.errors import DataError
 from qlora_pipe.nn.adapt import check_fit
 from qlora_pipe.nn.linear import quantized_tensor
 from qlora_pipe.plugins import find_architecture
-from qlora_pipe.stages.load import DTYPES
+from qlora_pipe.stages.load import DTYPES, require_weight_type
 
 # Settings that the merged weights do not follow from.
 _FREE = ("min_retention", "load")
@@ -122,11 +122,10 @@ def merge(
 
 def _dense(base: Checkpoint | QuantizedCheckpoint, name: str) -> Tensor:
     """One weight in float32."""
-    if isinstance(base, Checkpoint):
-        return base.weights.tensor(name).float()
-    stored = base.weights.weight(name)
+    stored = base.weights.tensor(name) if isinstance(base, Checkpoint) else base.weights.weight(name)
     if isinstance(stored, StoredWeight):
         return dequantize(quantized_tensor(stored, name=name), torch.float32)
+    require_weight_type(stored, name=name)
     return stored.float()
 
 

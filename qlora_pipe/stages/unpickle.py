@@ -147,9 +147,12 @@ def open_source(
                 " run code: add --allow-pickle, which reads them in a confined process."
             )
         note_network(found.path, config.load, note)
-        yield Checkpoint.at(found, load=config.load)
+        source = Checkpoint.at(found, load=config.load)
+        source.require_plain()
+        yield source
         return
     pickles = Pickles.at(found, progress=progress)
+    pickles.unread.require_plain()
     scratch = out.with_name(f".{out.name}.unpickled")
     if os.path.lexists(out):
         yield pickles.unread

@@ -10,6 +10,7 @@ from qlora_formats.commit import commit_folder
 from qlora_formats.errors import CommitError, FormatError
 from qlora_formats.manifest import Manifest
 from qlora_formats.removal import remove_folder, set_aside
+from qlora_formats.strict_json import is_int
 from qlora_formats.tensorfile import TensorFile, TensorPlan, write_tensors
 from qlora_pipe.errors import ExistsError
 from qlora_pipe.train.state import Progress, TrainingState
@@ -69,6 +70,18 @@ def _discard(folder: Path) -> None:
         set_aside(folder)
 
 
+def _progress(manifest: Manifest, path: Path) -> Progress:
+    found = manifest.fields.get("progress")
+    counters = {field.name: field.default for field in dataclasses.fields(Progress)}
+    if (
+        not isinstance(found, dict)
+        or found.keys() != counters.keys()
+        or not all(is_int(found[name]) for name, default in counters.items() if is_int(default))
+    ):
+        raise FormatError(f"the manifest of {path} does not hold the counters that this version saves")
+    return Progress(**found)
+
+
 def restore_newest(
     folder: Path, state: TrainingState, *, inputs: Mapping[str, Any], note: Callable[[str], None]
 ) -> Manifest | None:
@@ -83,11 +96,12 @@ def restore_newest(
             manifest.verify(path)
             # Read once and copied: nothing is gained by a mapping.
             file = TensorFile.open(path / STATE, load="read")
+            progress = _progress(manifest, path)
         except FormatError as fault:
             note(f"passed over the checkpoint {path.name}, now {set_aside(path).name}: {fault}.")
             continue
         if (changed := manifest.difference(inputs)) is not None:
             raise ExistsError(f"{path} was saved by a run of other inputs: {changed}. Name another --out.")
-        state.restore({name: file.tensor(name) for name in file.infos}, Progress(**manifest.fields["progress"]))
+        state.restore({name: file.tensor(name) for name in file.infos}, progress)
         return manifest
     return None

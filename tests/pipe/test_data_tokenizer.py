@@ -60,7 +60,7 @@ def test_eos_is_found_in_the_first_file_that_names_it(tokenizer_folder: MakeFold
         ({"config": {"eos_token_id": True}}, "eos_token_id is True"),
         ({"tokenizer_config": {"eos_token": "</s>", "add_bos_token": 1}}, "add_bos_token must be true or false"),
         ({"tokenizer_config": {"eos_token": "</s>", "add_bos_token": True}}, "there is no bos_token"),
-        ({"tokenizer_config": ["</s>"]}, "tokenizer_config.json must hold a JSON object"),
+        ({"tokenizer_config": ["</s>"]}, "tokenizer_config.json holds a JSON list"),
     ],
 )
 def test_config_that_cannot_be_used_is_named(
