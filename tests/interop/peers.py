@@ -102,11 +102,14 @@ def layers_in_4_bits(model: nn.Module) -> Iterator[tuple[str, Linear4bit]]:
 
 def their_weights(model: nn.Module, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Every 4-bit weight as bitsandbytes dequantises it, in `dtype` or in that of its source."""
-    return {f"{name}.weight": _dequantized(layer.weight, dtype) for name, layer in layers_in_4_bits(model)}
+    return {
+        f"{name}.weight": dequantized_by_the_peer(layer.weight.data, layer.weight.quant_state, dtype=dtype)
+        for name, layer in layers_in_4_bits(model)
+    }
 
 
-def _dequantized(weight: Any, dtype: torch.dtype | None) -> Tensor:
-    packed, state = weight.data, weight.quant_state
+def dequantized_by_the_peer(packed: Tensor, state: Any, *, dtype: torch.dtype | None = None) -> Tensor:
+    """A weight as bitsandbytes dequantises its packed bytes, in `dtype` or in that of its source."""
     shape, source = state.shape, state.dtype
     # A last dimension of one sends the peer down its plain path: the vector code it has for some processors mixes up
     # scales where a block spans rows. That path is compiled anew for each shape unless it is told not to be.
