@@ -1,5 +1,6 @@
 """What lies in a folder that a stranger may have made: files by plain names, and links that stay inside."""
 
+import stat
 from pathlib import Path
 
 from qlora_formats.errors import FormatError
@@ -18,7 +19,8 @@ def has_file(folder: Path, name: str) -> bool:
     """
     path = folder / name
     try:
-        path.lstat()
+        if stat.S_ISREG(path.lstat().st_mode):
+            return True
         is_file = path.is_file()
     except (FileNotFoundError, NotADirectoryError):
         return False
