@@ -6,7 +6,8 @@ The tensors are `base_model.model.<module path>.lora_A.weight` [r, in] and `.lor
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from types import MappingProxyType
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -83,14 +84,17 @@ def write_adapter(
     config: AdapterConfig,
     pairs: Mapping[str, tuple[Tensor, Tensor]],
     metadata: Mapping[str, str],
+    facts: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write an adapter as PEFT does, in float32: weights, config and a model card. The caller finishes the folder.
 
     `metadata` is provenance that goes into the safetensors header, since unknown keys in the config break older PEFT.
+    `facts` is what the journal and the manifest should remember about the weights.
     """
     tensors = {_key(module, side): pair[side == "B"] for module, pair in pairs.items() for side in "AB"}
     layout = [TensorPlan(key, torch.float32, tuple(tensors[key].shape)) for key in sorted(tensors)]
     with folder.create(ADAPTER_WEIGHTS) as stream:
+        stream.facts.update(facts)
         write_tensors(stream, layout, lambda key: tensors[key].detach().float(), metadata={**metadata, "format": "pt"})
     folder.write(ADAPTER_CONFIG, pretty(config.to_json()))
     folder.write(MODEL_CARD, _model_card(config, n_modules=len(pairs)).encode())

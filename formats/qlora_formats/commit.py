@@ -118,6 +118,12 @@ class PartialFolder:
         self._note(name, record)
         self._journal.files[name] = record
 
+    def discard(self, name: str) -> None:
+        """Remove a finished file that was needed only on the way, such as a part of a larger one that is done now."""
+        # The journal's line stays: whoever goes on finds no file to it, and counts it as never written.
+        disk.remove(self.path / name)
+        del self._journal.files[name]
+
     def finish(self, fields: Mapping[str, Any] | None = None, *, inputs: Mapping[str, Any] | None = None) -> Manifest:
         """Write the manifest, with `fields` beside its own keys, and give the folder its final name.
 

@@ -84,6 +84,26 @@ def make(target: Path) -> Manifest:
         return folder.finish({"tensors": 2})
 
 
+def make_from_parts(target: Path) -> int:
+    """What a stage does whose result is one file of parts that are expensive: gives how many it had to make."""
+    made = 0
+    if finished(target, kind="adapter", inputs=INPUTS) is not None:
+        return made
+    with commit_folder(target, kind="adapter", inputs=INPUTS) as folder:
+        parts = [f"part-{number}" for number in range(3)]
+        if "whole.bin" not in folder.done:
+            for part in parts:
+                if part not in folder.done:
+                    folder.write(part, part.encode())
+                    made += 1
+            folder.write("whole.bin", b"".join((folder.path / part).read_bytes() for part in parts))
+        for part in parts:
+            if part in folder.done:
+                folder.discard(part)
+        folder.finish()
+    return made
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
@@ -197,6 +217,35 @@ def test_an_unfinished_folder_of_other_inputs_is_a_conflict_that_names_the_diffe
         pass
     assert caught.value.reason == "conflict"
     assert "kinds" not in str(caught.value)
+
+
+def test_parts_are_made_once_and_are_gone_in_the_end_wherever_the_process_stops(world: World, tmp_path: Path) -> None:
+    world.arm(-1)
+    assert make_from_parts(tmp_path / "reference") == 3
+    expected, moments = contents(tmp_path / "reference"), world.moment
+    assert set(expected) == {"whole.bin", MANIFEST}
+    assert moments > 90
+    for moment in range(moments):
+        target = tmp_path / str(moment) / "out"
+        world.arm(moment)
+        with pytest.raises(Stop):
+            make_from_parts(target)
+        there = {path.name for path in target.parent.glob("*out*/*")}
+        kept = 3 if "whole.bin" in there else sum(name.startswith("part-") for name in there)
+        assert make_from_parts(target) == 3 - kept, moment
+        assert contents(target) == expected, moment
+
+
+def test_a_discarded_file_can_be_written_again(tmp_path: Path) -> None:
+    with commit_folder(tmp_path / "out", kind="store", inputs=INPUTS) as folder:
+        folder.write("one.bin", b"1")
+        folder.discard("one.bin")
+        assert not folder.done
+    with commit_folder(tmp_path / "out", kind="store", inputs=INPUTS) as folder:
+        assert not folder.done
+        folder.write("one.bin", b"22")
+        folder.finish()
+    assert (tmp_path / "out" / "one.bin").read_bytes() == b"22"
 
 
 def test_restart_drops_what_a_run_stopped_anywhere_has_left(world: World, tmp_path: Path) -> None:
