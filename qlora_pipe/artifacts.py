@@ -4,119 +4,43 @@
 PEFT adapter, `Run` what `finetune` writes. Each may be named by a folder or a Hub id (`user/name[@revision]`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from qlora_formats.adapter import ADAPTER_WEIGHTS, AdapterFolder
 from qlora_formats.checkpoint import CheckpointFolder
-from qlora_formats.hashing import hash_file, hash_files
-from qlora_formats.loading import Load, network_mount
+from qlora_formats.hashing import hash_file
+from qlora_formats.loading import Load
+from qlora_formats.manifest import MANIFEST, Manifest
 from qlora_formats.store import Store, is_store
-from qlora_formats.strict_json import read_object
 from qlora_pipe.errors import DataError, MissingInputError
 from qlora_pipe.hub import Resolved, resolve
-
-# The parts of an identity that say what the weights are.
-_CONTENT = ("manifest", "sha256")
-_TOKENIZER = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "spiece", "chat_template")
+from qlora_pipe.model import Model, content_of, note_network
 
 
-@dataclass(frozen=True)
-class Model:
-    """A folder with a config and weights: what every stage takes as its base."""
+class Binding(NamedTuple):
+    """Says of a store that it was quantised for an adapter beside it, and stands for its source only with that."""
 
-    path: Path
-    weights: CheckpointFolder | Store
-    repo: str | None
-    revision: str | None
-    made_from: Mapping[str, str] | None = None
-    """Where the folder only stands in for other files, such as pickles: the sha256 of those, by name."""
+    method: str
+    rank: int
+    iterations: int
 
     @classmethod
-    def open(cls, name: str | Path, *, load: Load = "mmap", note: Callable[[str], None] = lambda _: None) -> Self:
-        """Open a folder or Hub id; errors as those of `at`, and of finding it.
-
-        `load` says how its tensors come into memory; `note` is told where another way would be better.
-        """
-        found = resolve(str(name))
-        note_network(found.path, load, note)
-        return cls.at(found, load=load)
-
-    @classmethod
-    def at(cls, found: Resolved, *, load: Load = "mmap") -> Self:
-        """Open what a name was resolved to."""
-        raise NotImplementedError
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """What config.json holds."""
-        return self.weights.config
-
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """Say which model this is without naming a path: Hub id, revision, and the hash of what it holds."""
-        return self.identified()
-
-    def identified(self, *, progress: Callable[[int, int], None] = lambda _done, _total: None) -> dict[str, Any]:
-        """As `identity`, which reads every byte of a folder without a manifest; `progress` may raise to end it."""
-        if self.made_from is not None:
-            return {"sha256": dict(self.made_from)} | self._named
-        if self.weights.manifest is not None:
-            return {"manifest": self.weights.manifest.digest} | self._named
-        found = hash_files(self._content_files, progress=progress)
-        return {"sha256": {path.name: found[path].sha256 for path in found}} | self._named
-
-    @property
-    def stamp(self) -> dict[str, Any]:
-        """As `identity` where that costs nothing, else in place of hashes the files' sizes and times of change.
-
-        It tells whether a folder is still what it was a while ago, on this machine; it has no place in what is kept.
-        """
-        if self.made_from is not None or self.weights.manifest is not None:
-            return self.identity
-        states = {path.name: path.stat() for path in self._content_files}
-        files = {name: f"{state.st_size} bytes, changed {state.st_mtime_ns}" for name, state in states.items()}
-        return {"files": files} | self._named
-
-    @property
-    def _content_files(self) -> list[Path]:
-        return sorted([self.path / "config.json", *self.weights.shards], key=lambda path: path.name)
-
-    @property
-    def _named(self) -> dict[str, Any]:
-        named = {"repo": self.repo or self.hub_name, "revision": self.revision, "quantization": self.quantization}
-        return {key: value for key, value in named.items() if value is not None}
-
-    @property
-    def quantization(self) -> str | None:
-        """The 4-bit type of the weights, "nf4" or "fp4"; None for a 16-bit checkpoint."""
-        settings = self.config.get("quantization_config")
-        return settings.get("bnb_4bit_quant_type", "fp4") if isinstance(settings, dict) else None
-
-    @property
-    def tokenizer_files(self) -> list[Path]:
-        """The files from which tokenizers are made, in a fixed order."""
-        return [path for path in self.weights.carried_files() if path.name.startswith(_TOKENIZER)]
-
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether the folder says how it wants conversations to be written."""
-        config = self.path / "tokenizer_config.json"
-        inside = config.is_file() and "chat_template" in read_object(config)
-        return inside or any(self.path.glob("chat_template.*"))
-
-    @property
-    def hub_name(self) -> str | None:
-        """The Hub id of this model, or of the one it was made from, where it is known."""
-        if self.repo is not None:
-            return self.repo
-        manifest = self.weights.manifest
-        source = manifest.inputs.get("source") if manifest is not None else None
-        repo = source.get("repo") if isinstance(source, dict) else None
-        return repo if isinstance(repo, str) else None
+    def of(cls, manifest: Manifest | None) -> Self | None:
+        """Read a manifest's field `bound_adapter`; None where there is none, DataError where it is not understood."""
+        found = None if manifest is None else manifest.fields.get("bound_adapter")
+        if found is None:
+            return None
+        method, rank, iterations = (found.get(key) if isinstance(found, dict) else None for key in cls._fields)
+        if isinstance(method, str) and type(rank) is type(iterations) is int and min(rank, iterations) >= 1:
+            return cls(method, rank, iterations)
+        raise DataError(
+            f"{MANIFEST} binds the store to an adapter in a way that is not understood ({str(found)[:80]}):"
+            " update qlora-pipe, or make the store again."
+        )
 
 
 @dataclass(frozen=True)
@@ -171,6 +95,16 @@ class QuantizedCheckpoint(Model):
         """The shape of one weight, packed or not."""
         return self.weights.shape(name)
 
+    @property
+    def bound(self) -> Binding | None:
+        """What adapter these weights were quantised for; None where they stand for their source by themselves."""
+        return Binding.of(self.weights.manifest)
+
+    @property
+    def hub_name(self) -> str | None:
+        """As `Model.hub_name`, and the source's only where its weights, quantised anew, would be these."""
+        return super().hub_name if self.bound is None else self.repo
+
 
 def open_model(
     name: str | Path, *, load: Load = "mmap", note: Callable[[str], None] = lambda _: None
@@ -183,16 +117,6 @@ def open_model(
     opened = Checkpoint.at(found, load=load)
     opened.require_plain()
     return opened
-
-
-def note_network(path: Path, load: Load, note: Callable[[str], None]) -> None:
-    """Tell `note` if files are to be mapped that lie on a network disk."""
-    mount = network_mount(path) if load == "mmap" else None
-    if mount is not None:
-        note(
-            f"{path} lies on {mount.point}, a network disk ({mount.kind}), where mapped files are slow and a lost"
-            " connection kills the process: --load read reads them instead."
-        )
 
 
 @dataclass(frozen=True)
@@ -225,11 +149,37 @@ class Adapter:
 
         The same weights count as the same wherever they were fetched from.
         """
+        return self._made_for in ({}, content_of(base.identity))
+
+    @property
+    def names_its_base(self) -> bool:
+        """Whether the adapter says which weights it was made for."""
+        return bool(self._made_for)
+
+    @property
+    def _made_for(self) -> dict[str, Any]:
         manifest = self.folder.manifest
-        trained_on = None if manifest is None else manifest.inputs.get("base")
-        return not isinstance(trained_on, dict) or all(
-            trained_on[key] == base.identity.get(key) for key in _CONTENT if key in trained_on
-        )
+        return {} if manifest is None else content_of(manifest.inputs.get("base"))
+
+
+def missing_part(base: Model, adapter: Adapter | None) -> str | None:
+    """Say in a sentence what a store lacks that was quantised for an adapter; None where it has what it needs.
+
+    An adapter trained from the one that it was quantised for names the same base, and is as good.
+    """
+    bound = base.bound if isinstance(base, QuantizedCheckpoint) else None
+    if bound is None or (adapter is not None and adapter.names_its_base and adapter.fits_content_of(base)):
+        return None
+    if adapter is None:
+        fault = "none was given"
+    elif adapter.names_its_base:
+        fault = "the one given was made for another base"
+    else:
+        fault = "the one given does not say which base it was made for"
+    return (
+        f"{base.repo or base.path.name} was quantised for an adapter ({bound.method}, rank {bound.rank},"
+        f" {bound.iterations} iterations) and stands for the model only with that or one trained from it; {fault}."
+    )
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,10 @@ class QuantizeConfig:
     )
     allow_pickle: bool = setting(False, "Read pickled weights (pytorch_model.bin) too, in a confined process.")
     load: Load = setting("mmap", "Map the model's files, or read them: the better way for a network disk.")
+    adapter_init: str | None = setting(
+        None, "Write an adapter to start from to OUT-loftq: loftq, or loftq:N, whose N rounds change the store as well."
+    )
+    adapter_rank: int = setting(64, "Rank of the adapter that adapter_init writes.", at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,6 +12,7 @@ import yaml
 
 from qlora_formats.manifest import Manifest
 from qlora_formats.strict_json import read_bytes, read_object
+from qlora_pipe.artifacts import Binding
 
 Kind = Literal["adapter", "store", "checkpoint"]
 
@@ -47,6 +48,7 @@ def model_card(folder: Path, *, repo: str) -> str:
         f"---\n{yaml.safe_dump(_licence(folder) | front, sort_keys=False)}---\n",
         f"# {repo.rpartition('/')[2]}\n",
         _description(kind, config, base=base, ours=manifest is not None),
+        _bound(Binding.of(manifest)),
         _settings(inputs),
         _usage(kind, config, base=base, repo=repo),
     ]
@@ -124,6 +126,15 @@ def _description(kind: Kind, config: Mapping[str, Any], *, base: str | None, our
     else:
         text = "A language model as a Hugging Face checkpoint."
     return f"{text}\n\nMade with qlora-pipe.\n" if ours else f"{text}\n"
+
+
+def _bound(binding: Binding | None) -> str:
+    if binding is None:
+        return ""
+    return (
+        f"They were quantised for an adapter beside them ({binding.method}, rank {binding.rank},"
+        f" {binding.iterations} iterations): use them with it, or with one trained from it.\n"
+    )
 
 
 def _settings(inputs: Mapping[str, Any]) -> str:

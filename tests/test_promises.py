@@ -33,7 +33,7 @@ STOREYS = (
     {"errors", "config", "settings", "architecture", "dataset", "exporter"},
     {"hookspecs"},
     {"plugins"},
-    {"hub", "artifacts", "confined", "precision", "model_card", "nn", "data", "generate"},
+    {"hub", "model", "artifacts", "confined", "precision", "model_card", "nn", "data", "generate"},
     {"train"},
     {"stages"},
     {"demo", "testing", "cli"},

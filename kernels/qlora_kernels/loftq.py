@@ -83,14 +83,15 @@ def loftq_quantize(
 ) -> QuantizedTensor:
     """Quantize a weight [out, in] for a pair of this rank beside it: the Q of `iterations` rounds of LoftQ.
 
-    A round quantizes W less the pair before it, and takes the pair from what is left. One round is `quantize`. Further
-    ones come closer to W as a rule and not by any law, so the round whose Q + B A is the closest counts, the first of
-    equal ones. Raises ValueError as `quantize` and `low_rank` do, and for less than one iteration. Memory: about three
-    float32 copies of the weight.
+    A round quantizes W less the pair before it, and takes the pair from what is left. One round is `quantize`, for a
+    tensor of any shape. Further ones come closer to W as a rule and not by any law, so the round whose Q + B A is the
+    closest counts, the first of equal ones. Raises ValueError as `quantize` and `low_rank` do, and for less than one
+    iteration. Memory: about three float32 copies of the weight.
     """
     if iterations < 1:
         raise ValueError(f"cannot do {iterations} iterations of LoftQ: at least one is needed")
-    _check(weight, rank)
+    if iterations > 1:
+        _check(weight, rank)
     best = quantize(weight, kind=kind, block_size=block_size, double_quant=double_quant)
     # A pair of full rank makes up for any error, so there is nothing to gain.
     if iterations == 1 or rank >= min(weight.shape):

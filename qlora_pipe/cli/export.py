@@ -20,5 +20,5 @@ def export(path: Path, **settings: Any) -> None:
 
     config = config_of(ExportConfig, settings, where="export")
     with Console() as console:
-        where = stage(path, config, manager=load_plugins(console))
+        where = stage(path, config, manager=load_plugins(console), note=console.note)
     click.echo(where)

@@ -23,9 +23,13 @@ def generate(model: str, adapter: str | None, prompt: str, **settings: Any) -> N
     from qlora_pipe.stages.generate import continue_text
 
     config = config_of(GenerateConfig, settings, where="generate")
-    base = open_model(model, load=config.load, note=lambda sentence: click.echo(f"note: {sentence}", err=True))
+
+    def note(sentence: str) -> None:
+        click.echo(f"note: {sentence}", err=True)
+
+    base = open_model(model, load=config.load, note=note)
     trained = Adapter.open(adapter, load=config.load) if adapter else None
-    pieces = continue_text(base, prompt, config, manager=load_plugins(), adapter=trained)
+    pieces = continue_text(base, prompt, config, manager=load_plugins(), adapter=trained, note=note)
     for piece in pieces:
         click.echo(piece, nl=False)
     click.echo()

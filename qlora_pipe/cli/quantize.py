@@ -31,3 +31,5 @@ def quantize(source: str, out: Path, **settings: Any) -> None:
     ):
         done = stage(checkpoint, out, config, manager=load_plugins(console), progress=console.transfer)
     click.echo(f"{out}: {done.summary}")
+    if done.adapter is not None:
+        click.echo(f"{done.adapter.path}: {done.adapter.summary}")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from qlora_formats.adapter_config import AdapterConfig
 from qlora_pipe.architecture import Architecture, matches
-from qlora_pipe.errors import DataError
+from qlora_pipe.errors import ConfigError, DataError
 from qlora_pipe.nn.linear import LoraLinear, linear_modules, replace_module
 
 
@@ -23,6 +23,21 @@ def add_adapters(model: nn.Module, paths: Sequence[str], config: AdapterConfig, 
         adapted = LoraLinear(linears[path], rank=config.r, scale=config.scale(path), dropout=dropout)
         adapted.reset()
         replace_module(model, path, adapted)
+
+
+def describe_adapter(
+    paths: Sequence[str], architecture: Architecture, *, rank: int, alpha: float, dropout: float
+) -> AdapterConfig:
+    """Describe a new adapter on the layers at `paths` as PEFT does; ConfigError where there are none."""
+    if not paths:
+        raise ConfigError(f"the plugin for {architecture.name} names no layer of this model to adapt.")
+    return AdapterConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=sorted({path.rpartition(".")[2] for path in paths}),
+        task_type=architecture.task_type,
+    )
 
 
 def check_fit(pairs: Mapping[str, tuple[Tensor, Tensor]], shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -10,11 +10,11 @@ from qlora_formats.adapter import write_adapter
 from qlora_formats.adapter_config import AdapterConfig
 from qlora_formats.commit import PartialFolder, commit_folder
 from qlora_formats.target import finished
-from qlora_pipe.artifacts import Adapter, Checkpoint, QuantizedCheckpoint, Run, open_model
+from qlora_pipe.artifacts import Adapter, Checkpoint, QuantizedCheckpoint, Run, missing_part, open_model
 from qlora_pipe.data.encode import Sample
 from qlora_pipe.data.samples import load_samples, split_held_out
 from qlora_pipe.data.tokenizer import Tokenizer
-from qlora_pipe.errors import NonFiniteError
+from qlora_pipe.errors import ConfigError, NonFiniteError
 from qlora_pipe.nn.adapt import pairs_of
 from qlora_pipe.nn.loaded import LoadedModel
 from qlora_pipe.plugins import find_architecture
@@ -47,6 +47,7 @@ def finetune(
         architecture = find_architecture(manager, base.config.get("model_type"))
         tokenizer = Tokenizer.open(base.path)
         start = Adapter.open(config.adapter, load=config.load) if config.adapter else None
+        _check_start(base, start, note=note)
         device = choose_device(config.device)
         dtype = choose_dtype(config.dtype, device)
         inputs = inputs_of(request, manager, base=base, tokenizer=tokenizer, start=start, dtype=dtype)
@@ -81,6 +82,20 @@ def finetune(
             described = dataclasses.replace(described, base_model_name_or_path=base.hub_name)
             _write_final(final, model, described, base=base, progress=session.state.progress)
     return run
+
+
+def _check_start(base: Checkpoint | QuantizedCheckpoint, start: Adapter | None, *, note: Callable[[str], None]) -> None:
+    """Refuse to train on a base without what belongs to it; say so where an adapter may belong to another one."""
+    if (fault := missing_part(base, start)) is not None:
+        if start is not None and not start.names_its_base:
+            note(fault)
+            return
+        raise ConfigError(
+            f"{fault} Add --adapter with the folder that `quantize` wrote beside the store, its name and `-loftq`,"
+            " or with an adapter trained from that."
+        )
+    if start is not None and not start.fits_content_of(base):
+        note("the adapter to go on from was trained on another base than this one.")
 
 
 def _samples(

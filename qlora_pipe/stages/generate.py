@@ -1,10 +1,10 @@
 """Generate: continue a text with a model, and an adapter left unmerged."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pluggy
 
-from qlora_pipe.artifacts import Adapter, Checkpoint, QuantizedCheckpoint
+from qlora_pipe.artifacts import Adapter, Checkpoint, QuantizedCheckpoint, missing_part
 from qlora_pipe.config import GenerateConfig
 from qlora_pipe.data.tokenizer import Tokenizer
 from qlora_pipe.generate import generate, stream_text
@@ -20,11 +20,15 @@ def continue_text(
     *,
     manager: pluggy.PluginManager,
     adapter: Adapter | None = None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> Iterator[str]:
     """Yield the continuation of a prompt piece by piece, the prompt left out.
 
-    The prompt is fed as it is, after the tokenizer's BOS. Raises DataError where the adapter does not fit.
+    The prompt is fed as it is, after the tokenizer's BOS. `note` takes a sentence on a store that was quantised for
+    another adapter. Raises DataError where the adapter does not fit.
     """
+    if (fault := missing_part(model, adapter)) is not None:
+        note(fault)
     architecture = find_architecture(manager, model.config.get("model_type"))
     tokenizer = Tokenizer.open(model.path)
     device = choose_device(config.device)

@@ -16,7 +16,7 @@ from qlora_formats.store import StoredWeight
 from qlora_formats.target import finished, require_space
 from qlora_formats.tensorfile import TensorPlan
 from qlora_kernels.dispatch import dequantize
-from qlora_pipe.artifacts import Adapter, Checkpoint, QuantizedCheckpoint
+from qlora_pipe.artifacts import Adapter, Checkpoint, QuantizedCheckpoint, missing_part
 from qlora_pipe.config import MergeConfig
 from qlora_pipe.errors import DataError
 from qlora_pipe.nn.adapt import check_fit
@@ -72,7 +72,9 @@ def merge(
     inputs = {"base": base.identity, "adapter": adapter.identity, "settings": settings}
     if (done := finished(out, kind="checkpoint", inputs=inputs)) is not None:
         return _result(out, done, already_done=True)
-    if not adapter.fits_content_of(base):
+    if (fault := missing_part(base, adapter)) is not None:
+        note(fault)
+    elif not adapter.fits_content_of(base):
         note("the adapter was trained on another base than the one it is merged into: the result is another model.")
     names = [name for name in base.weights.names if name not in ties]
     pairs, retention, seen = adapter.folder.pairs, dict[str, float | None](), set[str]()

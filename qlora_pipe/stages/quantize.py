@@ -7,7 +7,7 @@ source's files beside them, which on a cold disk is what reads ahead.
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -23,14 +23,22 @@ from qlora_formats.manifest import Manifest
 from qlora_formats.store import StoredWeight, write_store
 from qlora_formats.target import finished, partial_path, require_space
 from qlora_formats.tensorfile import TensorInfo
-from qlora_kernels.dispatch import quantize as quantize_tensor
 from qlora_kernels.dispatch import squared_error
+from qlora_kernels.loftq import loftq_quantize
 from qlora_pipe.architecture import block_of
-from qlora_pipe.artifacts import Checkpoint
+from qlora_pipe.artifacts import Checkpoint, QuantizedCheckpoint
 from qlora_pipe.config import QuantizeConfig
 from qlora_pipe.errors import DataError
 from qlora_pipe.plugins import find_architecture
 from qlora_pipe.precision import Precision, choose_precision
+from qlora_pipe.stages.adapter_init import (
+    AdapterInit,
+    InitialAdapter,
+    adapter_folder,
+    is_adapted,
+    parse_adapter_init,
+    write_initial_adapter,
+)
 
 # The weights that are being made or wait to be written have at most so many bytes in the source: twice those of the
 # largest, so that one can be made while another is written, whatever their size.
@@ -46,11 +54,12 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeResult:
-    """A finished store, and what its manifest says of it."""
+    """A finished store, what its manifest says of it, and the adapter to start from, if one was asked for."""
 
     path: Path
     already_done: bool
     manifest: Manifest
+    adapter: InitialAdapter | None = None
 
     @property
     def summary(self) -> str:
@@ -69,13 +78,33 @@ def quantize(
     manager: pluggy.PluginManager,
     progress: Progress = lambda _what, _done, _total: None,
 ) -> QuantizeResult:
-    """Write the 4-bit store of `source` to the folder `out`.
+    """Write the 4-bit store of `source` to the folder `out`, and an adapter to start from beside it if asked to.
 
     Interrupted and called again it goes on after the last finished shard, and ends with the same bytes. Memory holds a
     few tensors, whatever the model. `progress` is told the source's bytes that are through, and those there are. Raises
     ExistsError (as CommitError) where `out` holds something else, DataError naming a tensor with NaN or infinity, and
     where the source changed meanwhile.
     """
+    init = parse_adapter_init(config.adapter_init) if config.adapter_init is not None else None
+    done = _write_store(source, out, config, init, manager=manager, progress=progress)
+    if init is None:
+        return done
+    adapter = write_initial_adapter(
+        source, QuantizedCheckpoint.open(out), adapter_folder(out), rank=config.adapter_rank, manager=manager,
+        progress=progress,
+    )  # fmt: skip
+    return replace(done, adapter=adapter)
+
+
+def _write_store(
+    source: Checkpoint,
+    out: Path,
+    config: QuantizeConfig,
+    init: AdapterInit | None,
+    *,
+    manager: pluggy.PluginManager,
+    progress: Progress,
+) -> QuantizeResult:
     model_type = source.config.get("model_type")
     architecture = find_architecture(manager, model_type)
     ties = architecture.ties(source.config)
@@ -90,7 +119,10 @@ def quantize(
         keep=config.keep if names else (),
         manager=manager,
     )
-    settings = {key: value for key, value in asdict(config).items() if key not in _NOT_BY_THEIR_WORDS}
+    bound = init is not None and init.changes_the_base
+    # An adapter to an ordinary store can be had at any time, so the store does not depend on it.
+    free = _NOT_BY_THEIR_WORDS if bound else (*_NOT_BY_THEIR_WORDS, "adapter_init", "adapter_rank")
+    settings = {key: value for key, value in asdict(config).items() if key not in free}
     decided = {"settings": settings} | ({"kept": sorted(precision.kept)} if precision.kept else {})
     # Hashing reads the whole source. It comes first only where something is to be compared with its content.
     by_content = out.exists() or _is_begun_by_content(out)
@@ -125,7 +157,8 @@ def quantize(
             weight = source.weights.tensor(name)
             if name not in quantized:
                 return weight
-            stored, error = _quantized(weight, config, name=name)
+            iterations = init.iterations if init is not None and is_adapted(name, architecture) else 1
+            stored, error = _quantized(weight, config, name=name, iterations=iterations)
             facts[name] = {"relative_error": error}
             return stored
 
@@ -160,7 +193,8 @@ def quantize(
             raise DataError(
                 f"{source.path} was changed while it was quantised: find out by whom, delete {work.path} and run again."
             )
-        manifest = work.finish({"totals": totals}, inputs={"source": identity} | decided)
+        binding = {"bound_adapter": init.binding(config.adapter_rank)} if init is not None and bound else {}
+        manifest = work.finish({"totals": totals, **binding}, inputs={"source": identity} | decided)
     return QuantizeResult(path=out, already_done=False, manifest=manifest)
 
 
@@ -218,10 +252,17 @@ def _missing_bytes(infos: dict[str, TensorInfo], *, done: Any) -> int:
     return sum(info.end - info.start for name, info in infos.items() if name not in there)
 
 
-def _quantized(weight: Tensor, config: QuantizeConfig, *, name: str) -> tuple[StoredWeight, float]:
+def _quantized(weight: Tensor, config: QuantizeConfig, *, name: str, iterations: int) -> tuple[StoredWeight, float]:
     """Quantise one weight; give what is stored and its relative error, |W - Q(W)| / |W|, to four digits."""
     try:
-        q = quantize_tensor(weight, kind=config.type, block_size=config.block_size, double_quant=config.double_quant)
+        q = loftq_quantize(
+            weight,
+            kind=config.type,
+            block_size=config.block_size,
+            double_quant=config.double_quant,
+            rank=config.adapter_rank,
+            iterations=iterations,
+        )
     except ValueError as fault:
         raise DataError(f"{name}: {fault}.") from fault
     error, size = squared_error(weight, q)

@@ -10,6 +10,7 @@ from qlora_pipe.artifacts import Adapter, open_model
 from qlora_pipe.config import ExportConfig, FinetuneConfig, MergeConfig, QuantizeConfig
 from qlora_pipe.errors import ConfigError
 from qlora_pipe.settings import checked, did_you_mean, read_yaml, take
+from qlora_pipe.stages.adapter_init import adapter_folder, parse_adapter_init
 from qlora_pipe.stages.export import export
 from qlora_pipe.stages.finetune import finetune
 from qlora_pipe.stages.merge import merge
@@ -27,7 +28,8 @@ def run_pipeline(path: Path, *, manager: pluggy.PluginManager, progress: Count, 
 
     The file holds a mapping per stage, each with the stage's arguments and settings by the names of its flags. An
     argument left out is what the stage before has made: `base` is quantize's `out`, `adapter` is finetune's, `path`
-    is merge's. Everything is checked before the first stage starts. Raises ConfigError for what the file gets wrong.
+    is merge's; an adapter that quantize writes is the one finetune goes on from. Everything is checked before the first
+    stage starts. Raises ConfigError for what the file gets wrong.
     """
     where = str(path)
     sections = read_yaml(path)
@@ -59,9 +61,15 @@ def _plan(sections: Mapping[str, dict[str, Any]], *, where: str) -> dict[str, Wo
 
     if (section := sections.get("quantize")) is not None:
         source, store = needed(section, "quantize", "source"), needed(section, "quantize", "out")
-        works["quantize"] = _quantize(source, store, checked(QuantizeConfig, section, where=f"{where}: quantize"))
+        how = checked(QuantizeConfig, section, where=f"{where}: quantize")
+        works["quantize"] = _quantize(source, store, how)
         made["base"] = store
+        if how.adapter_init is not None:
+            parse_adapter_init(how.adapter_init)
+            made["start"] = str(adapter_folder(Path(store)))
     if (section := sections.get("finetune")) is not None:
+        if "start" in made and "base" not in section:
+            section.setdefault("adapter", made["start"])
         base = needed(section, "finetune", "base", made.get("base"))
         data, out = needed(section, "finetune", "data"), needed(section, "finetune", "out")
         config = checked(FinetuneConfig, section, where=f"{where}: finetune")
@@ -105,7 +113,7 @@ def _merge(base: str, adapter: str, out: str, config: MergeConfig) -> Work:
 
 
 def _export(path: str, config: ExportConfig) -> Work:
-    def work(manager: pluggy.PluginManager, _progress: Count, _note: Note) -> str:
-        return export(Path(path), config, manager=manager)
+    def work(manager: pluggy.PluginManager, _progress: Count, note: Note) -> str:
+        return export(Path(path), config, manager=manager, note=note)
 
     return work

@@ -34,12 +34,14 @@ from qlora_formats.store import is_store
 from qlora_formats.strict_json import pretty, read_object
 from qlora_formats.target import finished, require_space
 from qlora_formats.tensorfile import TensorFile
-from qlora_pipe.artifacts import Checkpoint, note_network
+from qlora_pipe.artifacts import Checkpoint
 from qlora_pipe.config import QuantizeConfig
 from qlora_pipe.confined import Limits, run_confined
 from qlora_pipe.confined.pickles import MAX_GROWTH
 from qlora_pipe.errors import ConfigError, DataError, MissingInputError
 from qlora_pipe.hub import Resolved, resolve
+from qlora_pipe.model import note_network
+from qlora_pipe.stages.adapter_init import adapter_folder
 
 Progress = Callable[[str, int, int], None]
 
@@ -136,8 +138,8 @@ def open_source(
 ) -> Iterator[Checkpoint]:
     """Open the checkpoint that the store `out` is made from, for as long as the block lasts.
 
-    Pickles are read only if the config allows it, through a scratch folder beside `out`, and not at all where `out` is
-    there already and only has to be compared. Raises the errors of `Checkpoint.open` and of `unpickled`.
+    Pickles are read only if the config allows it, through a scratch folder beside `out`, and not at all where all that
+    is asked for is there already and only has to be compared. Raises the errors of `Checkpoint.open` and of `unpickled`.
     """
     found = resolve(name, allow_pickle=config.allow_pickle)
     if not config.allow_pickle or not has_pickles_alone(found.path):
@@ -154,7 +156,8 @@ def open_source(
     pickles = Pickles.at(found, progress=progress)
     pickles.unread.require_plain()
     scratch = out.with_name(f".{out.name}.unpickled")
-    if os.path.lexists(out):
+    wanted = [out] if config.adapter_init is None else [out, adapter_folder(out)]
+    if all(os.path.lexists(folder) for folder in wanted):
         yield pickles.unread
         _clear(pickles, scratch)
         return

@@ -17,8 +17,7 @@ from qlora_formats.manifest import difference
 from qlora_pipe.artifacts import Adapter, Run
 from qlora_pipe.config import FinetuneConfig
 from qlora_pipe.data.encode import Sample
-from qlora_pipe.errors import ConfigError
-from qlora_pipe.nn.adapt import adaptable, adapters_of, add_adapters, attach_adapter
+from qlora_pipe.nn.adapt import adaptable, adapters_of, add_adapters, attach_adapter, describe_adapter
 from qlora_pipe.nn.loaded import LoadedModel
 from qlora_pipe.train.checkpoint import restore_newest, save
 from qlora_pipe.train.environment import fingerprint
@@ -38,14 +37,8 @@ def adapt(model: LoadedModel, config: FinetuneConfig, *, start: Adapter | None) 
         described = dataclasses.replace(start.folder.config, lora_dropout=config.dropout)
     else:
         paths = adaptable(model.module, model.architecture)
-        if not paths:
-            raise ConfigError(f"the plugin for {model.architecture.name} names no layer of this model to adapt.")
-        described = AdapterConfig(
-            r=config.rank,
-            lora_alpha=config.alpha,
-            lora_dropout=config.dropout,
-            target_modules=sorted({path.rpartition(".")[2] for path in paths}),
-            task_type=model.architecture.task_type,
+        described = describe_adapter(
+            paths, model.architecture, rank=config.rank, alpha=config.alpha, dropout=config.dropout
         )
         add_adapters(model.module, paths, described, dropout=config.dropout)
     for layer in adapters_of(model.module).values():

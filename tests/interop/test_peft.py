@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 
 from qlora_formats.adapter import AdapterFolder
 from qlora_pipe.testing import tiny_checkpoint
-from tests.interop.peers import in_float32, ours, run, some_ids, theirs
+from tests.interop.peers import in_float32, our_weights, ours, plain_model, run, some_ids, theirs
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PATTERNS = [
@@ -80,6 +80,30 @@ def test_peft_reads_every_tensor_of_our_adapter_and_writes_it_back(trained: tupl
         torch.equal(x, y) for path in first.pairs for x, y in zip(first.pairs[path], again.pairs[path], strict=True)
     )
     assert {first.config.scale(path) for path in first.modules} == {again.config.scale(path) for path in again.modules}
+
+
+@pytest.mark.parametrize("init", ["loftq", "loftq:3"])
+@pytest.mark.parametrize("model", ["tiny", "real"])
+def test_peft_loads_an_adapter_to_start_from_and_gives_our_logits(
+    request: pytest.FixtureRequest, tmp_path: Path, model: str, init: str
+) -> None:
+    if model == "real":
+        source = request.getfixturevalue("shared_data") / "models" / "stories260K"
+    else:
+        source = tiny_checkpoint(tmp_path / "source", hidden_size=68, head_dim=6, intermediate_size=173, mlp_bias=True)
+    store, adapter = tmp_path / "store", tmp_path / "store-loftq"
+    run("quantize", source, store, "--adapter-init", init, "--adapter-rank", 7)
+    on_4_bits = in_float32(PeftModel.from_pretrained(theirs(store), adapter))
+    on_dense = PeftModel.from_pretrained(plain_model(store, our_weights(store, dtype=torch.float32)), adapter)
+    ids = some_ids(2, 31)
+    with torch.inference_mode():
+        got = ours(store, adapter=adapter)(ids)
+        assert largest_difference(got, on_4_bits(ids).logits) <= 1e-4
+        assert largest_difference(got, on_dense(ids).logits) <= 1e-4
+        assert largest_difference(got, ours(store)(ids)) > 0.01, "an adapter that changes so little hides differences"
+    saved, read = load_file(adapter / "adapter_model.safetensors"), peft.get_peft_model_state_dict(on_dense)
+    assert read.keys() == saved.keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in saved.items())
 
 
 @pytest.mark.parametrize("name", ["all-r8", "qv-r4-rslora"])

@@ -16,13 +16,20 @@ ADAPTER = {"r": 8, "lora_alpha": 16.0, "task_type": "CAUSAL_LM", "base_model_nam
 STORE = {"quantization_config": {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}}
 
 
-def make(folder: Path, *, config: Mapping[str, Any], kind: str = "", inputs: Mapping[str, Any] | None = None) -> Path:
+def make(
+    folder: Path,
+    *,
+    config: Mapping[str, Any],
+    kind: str = "",
+    inputs: Mapping[str, Any] | None = None,
+    fields: Mapping[str, Any] | None = None,
+) -> Path:
     """A folder of one config file: finished by us if a kind is given, otherwise a stranger's."""
     name = "adapter_config.json" if "r" in config else "config.json"
     if kind:
         with commit_folder(folder, kind=kind, inputs=inputs or {}) as work:
             work.write(name, json.dumps(config).encode())
-            work.finish({})
+            work.finish(fields)
     else:
         folder.mkdir()
         (folder / name).write_text(json.dumps(config))
@@ -75,6 +82,13 @@ def test_a_stores_card_names_type_and_source(tmp_path: Path) -> None:
     }
     assert "in 4 bits (nf4, its scales quantised again to 8 bits)" in card
     assert "| block_size | 64 |\n| double_quant | true |\n" in card
+
+
+def test_the_card_of_a_store_that_is_bound_to_an_adapter_says_so(tmp_path: Path) -> None:
+    fields = {"bound_adapter": {"method": "loftq", "rank": 16, "iterations": 5}}
+    card = model_card(make(tmp_path / "bound", config=STORE, kind="store", fields=fields), repo="me/base")
+    assert "quantised for an adapter beside them (loftq, rank 16, 5 iterations): use them with it" in card
+    assert "adapter" not in model_card(make(tmp_path / "plain", config=STORE, kind="store"), repo="me/base")
 
 
 def test_a_merged_checkpoints_card_says_so_and_a_strangers_does_not(tmp_path: Path) -> None:
