@@ -139,7 +139,7 @@ def open_source(
     """Open the checkpoint that the store `out` is made from, for as long as the block lasts.
 
     Pickles are read only if the config allows it, through a scratch folder beside `out`, and not at all where all that
-    is asked for is there already and only has to be compared. Raises the errors of `Checkpoint.open` and of `unpickled`.
+    is asked for is there and only has to be compared. Raises the errors of `Checkpoint.open` and of `unpickled`.
     """
     found = resolve(name, allow_pickle=config.allow_pickle)
     if not config.allow_pickle or not has_pickles_alone(found.path):
