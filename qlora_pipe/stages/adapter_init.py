@@ -134,11 +134,11 @@ def write_initial_adapter(
         return found
 
     with commit_folder(out, kind="adapter", inputs=inputs) as work:
-        sizes = [4 * rank * sum(store.shape(f"{layer}.weight")) for layer in layers]
-        # Parts and the adapter made of them lie side by side for a moment.
-        require_space(out, needed=2 * sum(sizes) - sum(record.bytes for record in work.done.values()))
         # The parts may go only when nothing is made from them any more.
         if not work.done.keys() >= {ADAPTER_WEIGHTS, ADAPTER_CONFIG, MODEL_CARD}:
+            needed = sum(4 * rank * sum(info.shape) for info in infos.values())
+            # Parts and the adapter made of them lie side by side for a moment.
+            require_space(out, needed=2 * needed - sum(record.bytes for record in work.done.values()))
             for name, block in parts.items():
                 if name in work.done:
                     through += sum(source_bytes[layer] for layer in block)

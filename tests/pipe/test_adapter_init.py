@@ -168,6 +168,27 @@ def test_with_the_adapter_the_store_comes_closer_to_its_source(
     assert with_it < 0.9 * without
 
 
+@pytest.mark.parametrize("init", ["loftq", "loftq:5"])
+def test_a_fine_tune_of_a_trained_model_starts_lower_than_from_zero(
+    shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], init: str
+) -> None:
+    source, told = shared_data / "models" / "stories260K", tmp_path / "told.txt"
+    assert execute(command("generate", source, prompt="Once upon a time", max_new_tokens=300)) == 0
+    told.write_text(f"Once upon a time{capsys.readouterr().out}")
+    store = make(source, tmp_path / "store", adapter_init=init, adapter_rank=16)
+    starts = {}
+    for name, adapter in (("loftq", beside(store)), ("zero", None)):
+        base = store if adapter else make(source, tmp_path / "plain")
+        line = command(
+            "finetune", base, data=f"text:{told}", eval_data=f"text:{told}", out=tmp_path / name, adapter=adapter,
+            steps=1, batch_size=8, max_tokens=64, dropout=0, threads=1,
+        )  # fmt: skip
+        assert execute(line) == 0
+        starts[name] = metrics(tmp_path / name)[0]
+    for measure in ("loss", "eval_loss_start"):
+        assert starts["loftq"][measure] < 0.98 * starts["zero"][measure]
+
+
 @pytest.mark.parametrize("init", ["loftq", "loftq:3"])
 def test_the_bytes_do_not_depend_on_the_place_or_the_number_of_threads(source: Path, tmp_path: Path, init: str) -> None:
     found = []
