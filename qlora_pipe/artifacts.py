@@ -15,6 +15,7 @@ from qlora_formats.checkpoint import CheckpointFolder
 from qlora_formats.hashing import hash_file
 from qlora_formats.loading import Load
 from qlora_formats.manifest import MANIFEST, Manifest
+from qlora_formats.quant_state import is_state
 from qlora_formats.store import Store, is_store
 from qlora_pipe.errors import DataError, MissingInputError
 from qlora_pipe.hub import Resolved, resolve
@@ -58,10 +59,17 @@ class Checkpoint(Model):
 
     @classmethod
     def at(cls, found: Resolved, *, load: Load = "mmap") -> Self:
-        """Open what a name was resolved to; DataError where it is a 4-bit store."""
+        """Open what a name was resolved to; DataError where it holds 4-bit weights, whether or not it says so."""
         if is_store(found.path):
             raise DataError(f"{found.path} is already a 4-bit store; name the 16-bit checkpoint it was made from.")
-        return cls(found.path, CheckpointFolder.open(found.path, load=load), found.repo, found.revision)
+        folder = CheckpointFolder.open(found.path, load=load)
+        packed = next(filter(is_state, folder.names), None)
+        if packed is not None:
+            raise DataError(
+                f"{found.path} holds weights in 4 bits ({packed}), and its config.json does not say so:"
+                " make or fetch the folder again."
+            )
+        return cls(found.path, folder, found.repo, found.revision)
 
     def require_plain(self) -> None:
         """Raise DataError where a method that is not read here has quantised the weights: they are no plain numbers."""

@@ -108,6 +108,11 @@ def state_name(name: str, kind: str) -> str:
     return f"{name}{_STATE}{kind}"
 
 
+def is_state(name: str) -> bool:
+    """Whether a tensor of this name is the JSON of a 4-bit weight."""
+    return _STATE in name
+
+
 def components_of(name: str) -> list[str]:
     """The names that the scales and levels of the weight `name` have, in the order of `Parts`, nested ones included."""
     return [f"{name}{component}" for component in _COMPONENTS]

@@ -154,6 +154,20 @@ FOLDERS: dict[str, tuple[str, Damage, tuple[str, ...], int, str]] = {
         65,
         "holds no weight in 4 bits, although its config.json says that it does",
     ),
+    "in 4 bits, says all but the config": (
+        "store",
+        together(remove(MANIFEST), settings(quantization_config=None)),
+        ("inspect", "@"),
+        65,
+        "holds weights in 4 bits (model.layers.0.",
+    ),
+    "in 4 bits, says a broken config": (
+        "store",
+        together(remove(MANIFEST), settings(quantization_config={"quant_method": "bitsandbytes"})),
+        GENERATE,
+        65,
+        "and its config.json does not say so: make or fetch the folder again",
+    ),
     "a norm in 4 bits": (
         "store",
         in_4_bits(NORM),
