@@ -49,8 +49,7 @@ def description() -> str:
         return f"C kernels, {_PATHS[chosen][1]}"
     if _library() is None:
         return (
-            "plain torch, many times slower than the C kernels, which were not built: install a C compiler, then"
-            " qlora-pipe again"
+            "plain torch: the C kernels, many times faster, were not built; install a C compiler, then qlora-pipe again"
         )
     return f"plain torch, as {VARIABLE} asks"
 

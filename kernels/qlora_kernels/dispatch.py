@@ -1,5 +1,6 @@
 """The one place that chooses how a tensor is quantized and made dense again."""
 
+import math
 import os
 
 import torch
@@ -48,8 +49,11 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype, *, out: Tensor | None = N
 def squared_error(weight: Tensor, q: QuantizedTensor) -> tuple[float, float]:
     """The sums of (w - w')^2 and of w^2 over all weights w, with w' their dequantized float32 values.
 
-    Summed in float64 in a fixed order: the same bits on every processor and for any number of threads.
+    Summed in float64 in a fixed order: the same bits on every processor and for any number of threads. Raises
+    ValueError if the two are not of one size.
     """
+    if weight.numel() != math.prod(q.shape):
+        raise ValueError(f"cannot compare {weight.numel()} weights with the {math.prod(q.shape)} of a quantized tensor")
     if cpu.path() != "torch" and cpu.compares(weight, q):
         return cpu.squared_error(weight, q)
     return blockwise.squared_error_reference(weight, q)

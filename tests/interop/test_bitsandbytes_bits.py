@@ -1,16 +1,20 @@
-"""Bit identity with bitsandbytes on a CPU at one thread, both ways.
+"""Bit identity with bitsandbytes on a CPU at one thread, both ways, by every path that this processor has.
 
 Its CUDA kernels are other code; nothing is claimed about how those quantize.
 """
 
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora_kernels import BLOCK_SIZES, dequantize_reference, quantize
+from qlora_kernels import BLOCK_SIZES, QuantizedTensor, cpu, dequantize, quantize
 from qlora_kernels.levels import Kind, dynamic_map, levels_of, thresholds
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="the peer is not installed")
@@ -32,11 +36,30 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.flatten().view(torch.uint8)
 
 
+@contextmanager
+def _forced(path: str) -> Iterator[None]:
+    with mock.patch.dict(os.environ, {cpu.VARIABLE: path}):
+        yield
+
+
 def _assert_identical(weight: torch.Tensor, *, kind: Kind, block_size: int, double_quant: bool) -> None:
-    ours = quantize(weight, kind=kind, block_size=block_size, double_quant=double_quant)
     codes, state = bitsandbytes.functional.quantize_4bit(
         weight, blocksize=block_size, quant_type=kind, compress_statistics=double_quant
     )
+    for path in cpu.paths():
+        with _forced(path):
+            ours = quantize(weight, kind=kind, block_size=block_size, double_quant=double_quant)
+        _assert_same_parts(ours, codes, state, double_quant=double_quant)
+    # A last dimension of one sends the peer down its plain path: the vector code it has for some processors mixes up
+    # scales where a block spans rows.
+    state.shape = (weight.numel(), 1)
+    theirs = bitsandbytes.functional.dequantize_4bit(codes, state)
+    for path in cpu.paths():
+        with _forced(path):
+            assert torch.equal(_bits(dequantize(ours, weight.dtype)), _bits(theirs)), path
+
+
+def _assert_same_parts(ours: QuantizedTensor, codes: torch.Tensor, state: Any, *, double_quant: bool) -> None:
     assert torch.equal(ours.codes, codes.flatten())
     assert torch.equal(_bits(ours.absmax), _bits(state.absmax))
     assert torch.equal(_bits(ours.levels), _bits(state.code))
@@ -45,11 +68,6 @@ def _assert_identical(weight: torch.Tensor, *, kind: Kind, block_size: int, doub
         assert torch.equal(_bits(ours.nested_levels), _bits(state.state2.code))
         assert torch.equal(_bits(ours.offset), _bits(state.offset))
         assert ours.nested_block_size == state.state2.blocksize
-    # A last dimension of one sends the peer down its plain path: the vector code it has for some processors mixes up
-    # scales where a block spans rows.
-    state.shape = (weight.numel(), 1)
-    theirs = bitsandbytes.functional.dequantize_4bit(codes, state)
-    assert torch.equal(_bits(dequantize_reference(ours, weight.dtype)), _bits(theirs))
 
 
 def test_levels_and_the_dynamic_map_have_the_peers_bits() -> None:
@@ -125,4 +143,6 @@ def test_ordinary_shapes_dequantize_identically_on_the_peers_own_fast_path(
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     codes, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     theirs = bitsandbytes.functional.dequantize_4bit(codes, state)
-    assert torch.equal(dequantize_reference(quantize(weight), dtype), theirs)
+    for path in cpu.paths():
+        with _forced(path):
+            assert torch.equal(dequantize(quantize(weight), dtype), theirs), path

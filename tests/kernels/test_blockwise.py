@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from qlora_kernels.blockwise import BLOCK_SIZES, dequantize_reference, quantize
+from qlora_kernels.blockwise import BLOCK_SIZES, dequantize_reference, offset_of, quantize
 from qlora_kernels.levels import LEVELS, Kind, thresholds
 
 ODD_SHAPES = [(1,), (3, 5), (7, 64), (65, 131)]
@@ -108,26 +108,38 @@ def test_a_tensor_handled_in_pieces_equals_its_pieces() -> None:
     assert torch.equal(dequantize_reference(whole, torch.bfloat16), torch.cat(dense))
 
 
-def test_the_bytes_do_not_depend_on_the_number_of_threads() -> None:
-    def quantized(threads: int, weight: torch.Tensor):
-        torch.set_num_threads(threads)
-        q = quantize(weight, block_size=32)
-        assert torch.get_num_threads() == threads
-        return q
-
-    # Enough blocks for torch to share out their sum, each of one magnitude.
-    weights = [(_normal(34_376, seed=seed).abs() + 0.01).repeat_interleave(32) for seed in range(5)]
-    threads = torch.get_num_threads()
+@pytest.mark.parametrize("blocks", [1, 1000, 32_767, 34_376, 100_003])
+def test_the_offset_is_the_mean_under_one_thread_whatever_their_number(blocks: int) -> None:
+    # Torch shares out a sum of 32,768 and more.
+    scales = [_normal(blocks, seed=seed).abs() + 0.01 for seed in range(5)]
+    before = torch.get_num_threads()
     try:
-        alone = [quantized(1, weight) for weight in weights]
-        shared = [quantized(2, weight) for weight in weights]
-        naive = [quantize(weight, block_size=32, double_quant=False).absmax.mean() for weight in weights]
+        torch.set_num_threads(1)
+        wanted = [values.mean() for values in scales]
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            assert [offset_of(values) for values in scales] == wanted
+            assert torch.get_num_threads() == threads
+        torch.set_num_threads(2)
+        naive = [values.mean() for values in scales]
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
     # The control: with two threads a plain mean differs for at least one of these.
-    assert any(mean != q.offset for mean, q in zip(naive, alone, strict=True))
-    for one, two in zip(alone, shared, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one[:6], two[:6], strict=True))
+    assert (naive == wanted) == (blocks < 32_768)
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_threads() -> None:
+    # Enough blocks for torch to share out their sum, each of one magnitude.
+    weight = (_normal(34_376).abs() + 0.01).repeat_interleave(32)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = quantize(weight, block_size=32)
+        torch.set_num_threads(2)
+        shared = quantize(weight, block_size=32)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(alone[:6], shared[:6], strict=True))
 
 
 def test_a_strided_weight_quantizes_like_its_contiguous_copy() -> None:

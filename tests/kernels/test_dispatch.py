@@ -18,7 +18,7 @@ def _quantized():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_on_a_cpu_the_reference_answers(dtype: torch.dtype) -> None:
+def test_on_a_cpu_the_answer_is_the_references(dtype: torch.dtype) -> None:
     q = _quantized()
     dense = dequantize(q, dtype)
     assert (dense.dtype, dense.shape) == (dtype, (33, 131))
