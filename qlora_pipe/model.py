@@ -62,11 +62,15 @@ class Model:
     def identified(self, *, progress: Callable[[int, int], None] = lambda _done, _total: None) -> dict[str, Any]:
         """As `identity`, which reads every byte of a folder without a manifest; `progress` may raise to end it."""
         if self.made_from is not None:
-            return {"sha256": dict(self.made_from)} | self._named
-        if self.weights.manifest is not None:
-            return {"manifest": self.weights.manifest.digest} | self._named
-        found = hash_files(self._content_files, progress=progress)
-        return {"sha256": {path.name: found[path].sha256 for path in found}} | self._named
+            content: dict[str, Any] = {"sha256": dict(self.made_from)}
+        elif self.weights.manifest is not None:
+            content = {"manifest": self.weights.manifest.digest}
+        else:
+            found = hash_files(self._content_files, progress=progress)
+            content = {"sha256": {path.name: found[path].sha256 for path in found}}
+        # Where the cached property looks, so that nothing is hashed twice.
+        vars(self)["identity"] = content | self._named
+        return self.identity
 
     @property
     def stamp(self) -> dict[str, Any]:
