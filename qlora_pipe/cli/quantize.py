@@ -29,7 +29,9 @@ def quantize(source: str, out: Path, **settings: Any) -> None:
         Console() as console,
         open_source(source, out, config, progress=console.transfer, note=console.note) as checkpoint,
     ):
-        done = stage(checkpoint, out, config, manager=load_plugins(console), progress=console.transfer)
+        done = stage(
+            checkpoint, out, config, manager=load_plugins(console), progress=console.transfer, note=console.note
+        )
     click.echo(f"{out}: {done.summary}")
     if done.adapter is not None:
         click.echo(f"{done.adapter.path}: {done.adapter.summary}")

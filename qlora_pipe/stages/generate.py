@@ -10,7 +10,7 @@ from qlora_pipe.data.tokenizer import Tokenizer
 from qlora_pipe.generate import generate, stream_text
 from qlora_pipe.nn.loaded import LoadedModel
 from qlora_pipe.plugins import find_architecture
-from qlora_pipe.stages.load import choose_device, choose_dtype, load
+from qlora_pipe.stages.load import choose_device, choose_dtype, load, note_slow_kernels
 
 
 def continue_text(
@@ -24,14 +24,15 @@ def continue_text(
 ) -> Iterator[str]:
     """Yield the continuation of a prompt piece by piece, the prompt left out.
 
-    The prompt is fed as it is, after the tokenizer's BOS. `note` takes a sentence on a store that was quantised for
-    another adapter. Raises DataError where the adapter does not fit.
+    The prompt is fed as it is, after the tokenizer's BOS. `note` takes sentences for the user. Raises
+    DataError where the adapter does not fit.
     """
     if (fault := missing_part(model, adapter)) is not None:
         note(fault)
     architecture = find_architecture(manager, model.config.get("model_type"))
     tokenizer = Tokenizer.open(model.path)
     device = choose_device(config.device)
+    note_slow_kernels(device, note)
     loaded = load(model, architecture, dtype=choose_dtype(config.dtype, device), device=device, adapter=adapter)
     yield from answer(loaded, tokenizer, prompt, config)
 

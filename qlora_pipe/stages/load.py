@@ -1,9 +1,12 @@
 """Load: from a folder to a model in memory. The one stage whose result cannot lie on disk."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from qlora_formats.store import StoredWeight
+from qlora_kernels import cpu
 from qlora_pipe.architecture import Architecture, matches
 from qlora_pipe.artifacts import Adapter, Checkpoint, QuantizedCheckpoint
 from qlora_pipe.config import Device, DType
@@ -26,6 +29,12 @@ def choose_device(device: Device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(device)
+
+
+def note_slow_kernels(device: torch.device, note: Callable[[str], None]) -> None:
+    """Tell `note` where 4-bit weights go through plain torch because the C kernels were not built."""
+    if device.type == "cpu" and cpu.paths() == ("torch",):
+        note(f"4-bit weights are handled by {cpu.description()}.")
 
 
 def choose_dtype(dtype: DType, device: torch.device) -> torch.dtype:

@@ -22,7 +22,7 @@ from qlora_pipe.errors import DataError
 from qlora_pipe.nn.adapt import check_fit
 from qlora_pipe.nn.linear import quantized_tensor
 from qlora_pipe.plugins import find_architecture
-from qlora_pipe.stages.load import DTYPES, require_weight_type
+from qlora_pipe.stages.load import DTYPES, note_slow_kernels, require_weight_type
 
 # Settings that the merged weights do not follow from.
 _FREE = ("min_retention", "load")
@@ -76,6 +76,7 @@ def merge(
         note(fault)
     elif not adapter.fits_content_of(base):
         note("the adapter was trained on another base than the one it is merged into: the result is another model.")
+    note_slow_kernels(torch.device("cpu"), note)
     names = [name for name in base.weights.names if name not in ties]
     pairs, retention, seen = adapter.folder.pairs, dict[str, float | None](), set[str]()
     check_fit(pairs, {name.removesuffix(".weight"): base.shape(name) for name in names if name.endswith(".weight")})

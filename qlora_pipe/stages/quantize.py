@@ -13,6 +13,7 @@ from threading import Event
 from typing import Any
 
 import pluggy
+import torch
 from torch import Tensor
 
 from qlora_formats.commit import commit_folder
@@ -39,6 +40,7 @@ from qlora_pipe.stages.adapter_init import (
     parse_adapter_init,
     write_initial_adapter,
 )
+from qlora_pipe.stages.load import note_slow_kernels
 
 # The weights that are being made or wait to be written have at most so many bytes in the source: twice those of the
 # largest, so that one can be made while another is written, whatever their size.
@@ -77,14 +79,16 @@ def quantize(
     *,
     manager: pluggy.PluginManager,
     progress: Progress = lambda _what, _done, _total: None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> QuantizeResult:
     """Write the 4-bit store of `source` to the folder `out`, and an adapter to start from beside it if asked to.
 
     Interrupted and called again it goes on after the last finished shard, and ends with the same bytes. Memory holds a
-    few tensors, whatever the model. `progress` is told the source's bytes that are through, and those there are. Raises
-    ExistsError (as CommitError) where `out` holds something else, DataError naming a tensor with NaN or infinity, and
-    where the source changed meanwhile.
+    few tensors, whatever the model. `progress` is told the source's bytes that are through, and those there are; `note`
+    takes sentences for the user. Raises ExistsError (as CommitError) where `out` holds something else, DataError naming
+    a tensor with NaN or infinity, and where the source changed meanwhile.
     """
+    note_slow_kernels(torch.device("cpu"), note)
     init = parse_adapter_init(config.adapter_init) if config.adapter_init is not None else None
     done = _write_store(source, out, config, init, manager=manager, progress=progress)
     if init is None:
@@ -177,8 +181,9 @@ def _write_store(
             facts=lambda name: facts.pop(name, {}),
             written=count,
             shard_mib=config.shard_mib,
-            ahead_bytes=max(_LEAST_AHEAD_BYTES, 2 * max(info.end - info.start for info in infos.values())),
-            threads=_THREADS,
+            # The rounds of an adapter's search take several times the memory of a weight: one at a time.
+            ahead_bytes=0 if bound else max(_LEAST_AHEAD_BYTES, 2 * max(i.end - i.start for i in infos.values())),
+            threads=1 if bound else _THREADS,
         )
         for file in source.weights.carried_files():
             work.copy(file, file.name)

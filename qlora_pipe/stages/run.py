@@ -90,7 +90,7 @@ def _plan(sections: Mapping[str, dict[str, Any]], *, where: str) -> dict[str, Wo
 def _quantize(source: str, out: str, config: QuantizeConfig) -> Work:
     def work(manager: pluggy.PluginManager, progress: Count, note: Note) -> str:
         with open_source(source, Path(out), config, progress=progress, note=note) as checkpoint:
-            done = quantize(checkpoint, Path(out), config, manager=manager, progress=progress)
+            done = quantize(checkpoint, Path(out), config, manager=manager, progress=progress, note=note)
         return f"{out}: {done.summary}"
 
     return work

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from qlora_formats.checkpoint import CheckpointFolder
 from qlora_formats.manifest import Manifest
 from qlora_formats.store import Store, StoredWeight
-from qlora_kernels import dequantize_reference
+from qlora_kernels import cpu, dequantize_reference
 from qlora_pipe.artifacts import Checkpoint
 from qlora_pipe.cli import execute
 from qlora_pipe.config import QuantizeConfig
@@ -126,6 +127,39 @@ def test_a_pipeline_runs_its_stages_and_passes_over_what_is_done(
     assert again.out.count("already done") == 2
     assert "run is already done" in again.err
     assert contents(tmp_path) == before
+
+
+@pytest.fixture(scope="module")
+def with_c_kernels(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store made the way this machine makes it."""
+    out = tmp_path_factory.mktemp("made") / "store"
+    assert execute(["quantize", str(source), str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def _no_c_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An installation that found no C compiler."""
+    monkeypatch.setattr(cpu, "_library", lambda: None)
+    cpu.paths.cache_clear()
+    yield
+    cpu.paths.cache_clear()
+
+
+def test_without_the_c_kernels_one_line_says_so_and_the_bytes_are_the_same(
+    source: Path,
+    with_c_kernels: Path,
+    _no_c_kernels: None,  # noqa: PT019
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert execute(["quantize", str(source), str(tmp_path / "store")]) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 1
+    assert "were not built" in notes[0]
+    made = {name: data for name, data in contents(tmp_path / "store").items() if name.endswith(".safetensors")}
+    wanted = contents(with_c_kernels)
+    assert made == {name: wanted[name] for name in made}
 
 
 class Stopped(Exception):
