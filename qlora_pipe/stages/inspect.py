@@ -1,6 +1,5 @@
 """Inspect: say what a folder is, from its headers alone."""
 
-import json
 import math
 import re
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from qlora_formats.adapter import ADAPTER_CONFIG
 from qlora_formats.manifest import Manifest
 from qlora_formats.store import is_store
+from qlora_formats.strict_json import parse_object
 from qlora_pipe.artifacts import Adapter, Checkpoint, QuantizedCheckpoint, Run
 from qlora_pipe.hub import resolve
 from qlora_pipe.settings import read_yaml
@@ -79,7 +79,8 @@ def _adapter(found: Adapter) -> dict[str, Any]:
 def _run(found: Run) -> dict[str, Any]:
     # A line that a kill cut off is no step; the run itself will write it again.
     text = found.metrics_path.read_bytes().rpartition(b"\n")[0] if found.metrics_path.is_file() else b""
-    last: dict[str, Any] = json.loads(text.rpartition(b"\n")[2]) if text else {}
+    where = f"the last line of {found.metrics_path}"
+    last = parse_object(text.rpartition(b"\n")[2], what=where) if text else {}
     return {
         "kind": "run",
         "finished": found.final_path.is_dir(),

@@ -281,3 +281,10 @@ def test_a_folder_that_cannot_be_read_is_refused(
     (sentence,) = said.err.splitlines()
     assert sentence.startswith("error: ")
     assert says in sentence
+
+
+def test_a_run_with_a_damaged_line_of_metrics_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.resolved.yaml").write_text("base: store\n")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss"\n')
+    assert execute(["inspect", str(tmp_path)]) == 65
+    assert f"the last line of {tmp_path / 'metrics.jsonl'} is not valid JSON" in capsys.readouterr().err
