@@ -5,6 +5,9 @@ BIN = $(VENV)/bin
 # The demo's environment holds what users install; the tests' one adds the tools and the peers to compare with.
 DEMO_VENV ?= .demo-venv
 
+# Installing builds the C kernels from these.
+C_SOURCES = $(wildcard kernels/qlora_kernels/*.c kernels/qlora_kernels/*.h)
+
 .PHONY: demo test lint bench soak docs clean
 
 demo: $(DEMO_VENV)/ready
@@ -21,7 +24,7 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 
 bench: $(VENV)/ready
-	$(BIN)/python benchmarks/nf4.py
+	$(BIN)/python benchmarks/cpu_nf4.py
 
 soak: $(VENV)/ready
 	$(BIN)/python -m pytest -m soak -s
@@ -29,15 +32,15 @@ soak: $(VENV)/ready
 docs: $(VENV)/ready
 	$(BIN)/python -m qlora_pipe.cli.document docs
 
-$(DEMO_VENV)/ready: pyproject.toml constraints.txt
+$(DEMO_VENV)/ready: pyproject.toml constraints.txt $(C_SOURCES)
 	$(PYTHON) -m venv $(DEMO_VENV)
 	$(DEMO_VENV)/bin/python -m pip install --quiet -c constraints.txt -e .
 	touch $@
 
-$(VENV)/ready: pyproject.toml constraints.txt
+$(VENV)/ready: pyproject.toml constraints.txt $(C_SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DEMO_VENV) build dist *.egg-info qlora-demo
+	rm -rf $(VENV) $(DEMO_VENV) build dist *.egg-info kernels/qlora_kernels/*.so qlora-demo

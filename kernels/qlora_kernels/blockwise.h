@@ -5,6 +5,7 @@
 #ifndef BLOCKWISE_H
 #define BLOCKWISE_H
 
+#include <fenv.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -15,6 +16,7 @@
 #error "every float operation must round as IEEE 754 says, or the bits differ from the reference"
 #endif
 
+#define EXPORTED __attribute__((visibility("default")))
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
 enum {
@@ -37,42 +39,45 @@ enum dtype { FLOAT32, FLOAT16, BFLOAT16 };
     case BFLOAT16: function(BFLOAT16, __VA_ARGS__); break;                                                             \
     }
 
-/* So wide that 32 cells hold the scaled weights, which lie from -1 to 1 or are rounded to slightly more. */
-#define WIDE_CELLS_PER_UNIT 15.875
-enum { WIDE_CELLS = 32 };
-
-/* Which code a scaled weight gets: that of its interval between the cuts. Three forms of one fact, for three kinds of
-   look-up. */
+/* Which code a scaled weight gets: that of its interval between the cuts. */
 struct intervals {
     /* Ascending. */
     float cuts[CUTS];
     uint8_t codes[LEVELS];
-
-    /* Cells of 1 / cells_per_unit from -1 on: the cut in each, and the codes on its two sides. */
+    /* The same by cells of 1 / cells_per_unit from -1 on: the cut in each, and the codes on its two sides. */
     float cells_per_unit;
     const float *cut_of_cell;
     const uint8_t *code_of_side;
+};
 
-    /* Cell c reaches from just above (c - 1) / WIDE_CELLS_PER_UNIT to c / WIDE_CELLS_PER_UNIT, and its entry is that of
-       its last five bits: the cut in it, and the code above that 8 bits to the left of the code below. FP4's cut at zero
-       is the upper edge of a cell that holds another; no weight of the cell exceeds it. */
+/* So wide that 32 cells hold the scaled weights, which lie from -1 to 1 or are rounded to slightly more. */
+#define WIDE_CELLS_PER_UNIT 15.875
+enum { WIDE_CELLS = 32 };
+
+/* The intervals, and the same once more by cells that fit into registers: cell c reaches from just above
+   (c - 1) / WIDE_CELLS_PER_UNIT to c / WIDE_CELLS_PER_UNIT, and its entry is that of its last five bits. */
+struct lookups {
+    struct intervals intervals;
+    /* FP4's cut at zero is not among them: it is the upper edge of its cell, and no weight of the cell exceeds it. */
     float cut_of_wide_cell[WIDE_CELLS];
+    /* The code above the cut, 8 bits to the left of the code below it. */
     uint32_t codes_of_wide_cell[WIDE_CELLS];
 };
 
-/* What each instruction set does its own way. Blocks are whole; a vector path takes block sizes of 32 and more. */
+/* What each instruction set does its own way. Blocks are whole; a vector path takes multiples of 32 as
+   block sizes. */
 struct path {
     /* The largest magnitude of each block: NaN or infinity if the block holds one. */
     void (*find_maxima)(enum dtype dtype, const uint8_t *weight, int64_t block_size, int64_t blocks, float *absmax);
     /* Packed codes of the weights times their block's factor. */
     void (*encode)(enum dtype dtype, const uint8_t *weight, int64_t block_size, int64_t blocks, const float *factors,
-                   const struct intervals *intervals, uint8_t *codes);
+                   const struct lookups *lookups, uint8_t *codes);
     /* level * scale, rounded to dtype; no NaN among them carries a payload. If streamed, out is a multiple of 64 and is
        written past the caches; portable takes no notice. */
     void (*decode)(enum dtype dtype, const uint8_t *codes, int64_t block_size, int64_t blocks, const float *scales,
                    const float *levels, uint8_t *out, int streamed);
-    /* Adds (weight - approximation)^2 and weight^2 of weight i to lane i % LANES of errors and of sizes; n is a multiple
-       of LANES. */
+    /* Adds (weight - approximation)^2 and weight^2 of weight i to lane i % LANES of errors and of sizes; n is a
+       multiple of LANES. */
     void (*add_squares)(enum dtype dtype, const uint8_t *weight, const float *approximation, int64_t n, double *errors,
                         double *sizes);
 };
@@ -83,11 +88,22 @@ extern const struct path avx2_path;
 extern const struct path avx512_path;
 #endif
 
+/* That of a number that `runs_path` has agreed to. */
+const struct path *path_of(int32_t number);
+
+/* To be undone by fesetenv: the caller may have its thread flush subnormal numbers to zero, or round otherwise. */
+void enter_standard_arithmetic(fenv_t *callers);
+
 /* Of the portable path, for what the others leave: the n weights of a last, partial block. */
 void portable_encode_rest(enum dtype dtype, const uint8_t *weight, int64_t n, float absmax,
                           const struct intervals *intervals, uint8_t *codes);
 void portable_decode_rest(enum dtype dtype, const uint8_t *codes, int64_t n, float scale, const float *levels,
                           uint8_t *out);
+
+ALWAYS_INLINE int64_t smaller(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
 
 ALWAYS_INLINE int64_t bytes_of(enum dtype dtype)
 {

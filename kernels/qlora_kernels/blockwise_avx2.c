@@ -99,15 +99,15 @@ INLINE void encode_32(enum dtype dtype, const uint8_t *weight, __m256 factor, co
 }
 
 INLINE void encode_blocks(enum dtype dtype, const uint8_t *weight, int64_t block_size, int64_t blocks,
-                          const float *factors, const struct intervals *intervals, uint8_t *codes)
+                          const float *factors, const struct lookups *lookups, uint8_t *codes)
 {
-    const float *cut = intervals->cuts;
+    const float *cut = lookups->intervals.cuts;
     struct tables tables = {
         _mm256_set1_ps(cut[7]),
         _mm256_setr_ps(cut[3], cut[11], 0, 0, 0, 0, 0, 0),
         _mm256_setr_ps(cut[1], cut[5], cut[9], cut[13], 0, 0, 0, 0),
         _mm256_setr_ps(cut[0], cut[2], cut[4], cut[6], cut[8], cut[10], cut[12], cut[14]),
-        _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)intervals->codes)),
+        _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)lookups->intervals.codes)),
     };
     for (int64_t block = 0; block < blocks; block++) {
         __m256 factor = _mm256_set1_ps(factors[block]);
@@ -117,9 +117,9 @@ INLINE void encode_blocks(enum dtype dtype, const uint8_t *weight, int64_t block
 }
 
 TARGET static void encode(enum dtype dtype, const uint8_t *weight, int64_t block_size, int64_t blocks,
-                          const float *factors, const struct intervals *intervals, uint8_t *codes)
+                          const float *factors, const struct lookups *lookups, uint8_t *codes)
 {
-    SPECIALISED(encode_blocks, dtype, weight, block_size, blocks, factors, intervals, codes);
+    SPECIALISED(encode_blocks, dtype, weight, block_size, blocks, factors, lookups, codes);
 }
 
 INLINE void store(uint8_t *out, __m256i values, int streamed)

@@ -91,12 +91,12 @@ INLINE void load_apart(enum dtype dtype, const uint8_t *from, __m512 *firsts, __
 }
 
 INLINE void encode_blocks(enum dtype dtype, const uint8_t *weight, int64_t block_size, int64_t blocks,
-                          const float *factors, const struct intervals *intervals, uint8_t *codes)
+                          const float *factors, const struct lookups *lookups, uint8_t *codes)
 {
     struct tables tables;
     for (int half = 0; half < 2; half++) {
-        tables.cuts[half] = _mm512_loadu_ps(intervals->cut_of_wide_cell + 16 * half);
-        tables.second_codes[half] = _mm512_loadu_si512(intervals->codes_of_wide_cell + 16 * half);
+        tables.cuts[half] = _mm512_loadu_ps(lookups->cut_of_wide_cell + 16 * half);
+        tables.second_codes[half] = _mm512_loadu_si512(lookups->codes_of_wide_cell + 16 * half);
         tables.first_codes[half] = _mm512_slli_epi32(tables.second_codes[half], 4);
     }
     for (int64_t block = 0; block < blocks; block++) {
@@ -111,9 +111,9 @@ INLINE void encode_blocks(enum dtype dtype, const uint8_t *weight, int64_t block
 }
 
 TARGET static void encode(enum dtype dtype, const uint8_t *weight, int64_t block_size, int64_t blocks,
-                          const float *factors, const struct intervals *intervals, uint8_t *codes)
+                          const float *factors, const struct lookups *lookups, uint8_t *codes)
 {
-    SPECIALISED(encode_blocks, dtype, weight, block_size, blocks, factors, intervals, codes);
+    SPECIALISED(encode_blocks, dtype, weight, block_size, blocks, factors, lookups, codes);
 }
 
 INLINE void store(uint8_t *out, __m512i values, int streamed)

@@ -51,8 +51,7 @@ static void find_maxima(enum dtype dtype, const uint8_t *weight, int64_t block_s
     SPECIALISED(maxima, dtype, weight, block_size, blocks, absmax);
 }
 
-/* A cell of the table holds one cut at most, and a larger weight never has a lower cell: so one comparison tells the code,
-   exactly. */
+/* A cell holds one cut at most, and a larger weight never has a lower cell: one comparison tells the code, exactly. */
 ALWAYS_INLINE uint8_t code_in(int32_t cell, float scaled, const struct intervals *intervals)
 {
     return intervals->code_of_side[2 * cell + (scaled > intervals->cut_of_cell[cell])];
@@ -86,9 +85,9 @@ ALWAYS_INLINE void encode_blocks(enum dtype dtype, const uint8_t *weight, int64_
 }
 
 static void encode(enum dtype dtype, const uint8_t *weight, int64_t block_size, int64_t blocks, const float *factors,
-                   const struct intervals *intervals, uint8_t *codes)
+                   const struct lookups *lookups, uint8_t *codes)
 {
-    SPECIALISED(encode_blocks, dtype, weight, block_size, blocks, factors, intervals, codes);
+    SPECIALISED(encode_blocks, dtype, weight, block_size, blocks, factors, &lookups->intervals, codes);
 }
 
 void portable_encode_rest(enum dtype dtype, const uint8_t *weight, int64_t n, float absmax,

@@ -73,11 +73,11 @@ def dynamic_map(*, device: torch.device | None = None) -> Tensor:
     Decade i of seven, 10**(i - 6) at its top, is cut into 2**i equal parts; their midpoints with both signs, 0 and 1
     are the values.
     """
-    return torch.tensor(_dynamic_values(), device=device)
+    return _dynamic_values().to(device, copy=True)
 
 
 @cache
-def _dynamic_values() -> tuple[float, ...]:
+def _dynamic_values() -> Tensor:
     values = [torch.tensor([0.0, 1.0])]
     for decade in range(7):
         parts = 2**decade
@@ -89,7 +89,7 @@ def _dynamic_values() -> tuple[float, ...]:
         edges = torch.tensor(from_below + from_above, dtype=torch.float64).float()
         middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (decade - 6)
         values += [middles, -middles]
-    return tuple(torch.cat(values).sort().values.tolist())
+    return torch.cat(values).sort().values
 
 
 def _rounded(value: float) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_kernels import blockwise, cpu, dequantize, dequantize_reference, quantize
+from qlora_kernels import blockwise, cpu, dequantize, dequantize_reference, library, quantize
 from tests.kernels.paths import DTYPES, PATHS, SOURCES, assert_same, bits, forced, normal
 
 COMPILER = os.environ.get("CC", "cc").split()[0]
@@ -18,7 +18,7 @@ COMPILER = os.environ.get("CC", "cc").split()[0]
 
 @pytest.fixture
 def not_built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(cpu, "_library", lambda: None)
+    monkeypatch.setattr(cpu, "library", lambda: None)
     cpu.paths.cache_clear()
     yield
     cpu.paths.cache_clear()
@@ -27,8 +27,8 @@ def not_built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def _calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The functions of the C library that are called from now on."""
     called = []
-    call = cpu._call
-    monkeypatch.setattr(cpu, "_call", lambda name, task: called.append(name) or call(name, task))
+    call = cpu.call
+    monkeypatch.setattr(cpu, "call", lambda name, task: called.append(name) or call(name, task))
     return called
 
 
@@ -94,8 +94,8 @@ def test_the_description_names_the_path(path: str) -> None:
 
 @pytest.mark.skipif(not PATHS, reason="the C kernels are not built")
 def test_a_library_of_other_sources_counts_as_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_INTERFACE", -1)
-    assert cpu._library.__wrapped__() is None
+    monkeypatch.setattr(library, "INTERFACE", -1)
+    assert library.library.__wrapped__() is None
 
 
 def test_what_c_cannot_take_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ def test_quantize_equals_the_reference(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("nested_block_size", [None, 256, 64], ids="nested={}".format)
-@pytest.mark.parametrize("block_size", [2, 4, 8, 16, *BLOCK_SIZES, 65_536])
+@pytest.mark.parametrize("block_size", [2, 4, 6, 8, 16, 34, 96, *BLOCK_SIZES, 65_536])
 def test_dequantize_equals_the_reference_for_any_codes(
     path: str, block_size: int, nested_block_size: int | None, dtype: torch.dtype
 ) -> None:
@@ -189,7 +189,7 @@ def test_nothing_is_touched_beyond_the_ends(
     wanted = blockwise.quantize(weight)
     outputs = []
 
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def empty(shape: tuple[int, ...], *, dtype: torch.dtype, device: str) -> torch.Tensor:
         outputs.append(walled(math.prod(shape), dtype))
         return outputs[-1]
 
