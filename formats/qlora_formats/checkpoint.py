@@ -43,7 +43,10 @@ _MIB = 2**20
 
 
 class CheckpointFolder:
-    """A model folder whose config, index and headers were checked. Tensors are mapped or read when asked for."""
+    """A model folder whose config, index and headers were checked. Tensors are mapped or read when asked for.
+
+    `infos` has dtype, shape and place of each, in the order of the shards and of the bytes in them.
+    """
 
     def __init__(
         self,
@@ -59,6 +62,7 @@ class CheckpointFolder:
         self.generation_config = generation_config
         self.manifest = manifest
         self.shards = [file.path for file in files.values()]
+        self.infos = {name: info for file in files.values() for name, info in file.infos.items()}
         self._files = {name: file for file in files.values() for name in file.infos}
 
     @classmethod
@@ -87,7 +91,8 @@ class CheckpointFolder:
 
     def info(self, name: str) -> TensorInfo:
         """Dtype, shape and place of one tensor; FormatError if the folder has none of that name."""
-        return self._file_of(name).infos[name]
+        self._file_of(name)
+        return self.infos[name]
 
     def tensor(self, name: str) -> Tensor:
         """A view of the mapped shard or a new tensor, as `TensorFile.tensor`."""

@@ -13,6 +13,7 @@ with N weights in blocks = ceil(N/block size) blocks.
 import json
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from qlora_formats.checkpoint import CheckpointFolder
 from qlora_formats.errors import FormatError
 from qlora_formats.header import MAX_RANK
 from qlora_formats.strict_json import is_int, parse_object
-from qlora_formats.tensorfile import TensorPlan, dtype_name
+from qlora_formats.tensorfile import TensorInfo, TensorPlan, dtype_name
 
 KINDS = ("nf4", "fp4")
 SOURCE_DTYPES: Mapping[str, torch.dtype] = {
@@ -41,6 +42,8 @@ _MAX_OFFSET = "-1.1754943508222875e-38"
 _MAX_FLOAT32 = torch.finfo(torch.float32).max
 # A number as JSON has it, and of a sane length.
 _OFFSET = re.compile(rb'"nested_offset": (-?(?:0|[1-9][0-9]{0,19})(?:\.[0-9]{1,40})?(?:[eE][-+]?[0-9]{1,2})?)(?=[,}])')
+
+_Beside = tuple[str, torch.dtype, tuple[int, ...]]
 
 
 class QuantState(NamedTuple):
@@ -85,22 +88,23 @@ class Parts(NamedTuple):
 
 def parts_of(name: str, state: QuantState) -> Parts:
     """Names, dtypes and shapes of the tensors that store the weight `name`."""
-    n_codes, n_blocks, n_nested = _counts(state.shape, state.block_size, state.nested_block_size)
-    nested = state.nested_block_size is not None
-    return Parts(
-        codes=TensorPlan(name, torch.uint8, (n_codes, 1)),
-        absmax=TensorPlan(f"{name}.absmax", torch.uint8 if nested else torch.float32, (n_blocks,)),
-        levels=TensorPlan(f"{name}.quant_map", torch.float32, (16,)),
-        nested_absmax=TensorPlan(f"{name}.nested_absmax", torch.float32, (n_nested,)) if nested else None,
-        nested_levels=TensorPlan(f"{name}.nested_quant_map", torch.float32, (256,)) if nested else None,
-    )
+    n_codes, beside = _sizes(state.shape, state.block_size, state.nested_block_size)
+    plans = [TensorPlan(f"{name}{component}", dtype, shape) for component, dtype, shape in beside]
+    nested = plans[2:] if state.nested_block_size is not None else [None, None]
+    return Parts(TensorPlan(name, torch.uint8, (n_codes, 1)), *plans[:2], *nested)
 
 
-def _counts(shape: tuple[int, ...], block_size: int, nested_block_size: int | None) -> tuple[int, int, int]:
-    """Bytes of codes, blocks, and nested blocks (0 without double quantization)."""
+@lru_cache(maxsize=1024)
+def _sizes(shape: tuple[int, ...], block_size: int, nested_block_size: int | None) -> tuple[int, list[_Beside]]:
+    """Bytes of codes, and the tensors beside them; the same for a weight of every layer."""
     n_weights = prod(shape)
     n_blocks = -(-n_weights // block_size)
-    return -(-n_weights // 2), n_blocks, -(-n_blocks // nested_block_size) if nested_block_size else 0
+    scale_dtype = torch.uint8 if nested_block_size else torch.float32
+    beside: list[_Beside] = [(".absmax", scale_dtype, (n_blocks,)), (".quant_map", torch.float32, (16,))]
+    if nested_block_size:
+        beside.append((".nested_absmax", torch.float32, (-(-n_blocks // nested_block_size),)))
+        beside.append((".nested_quant_map", torch.float32, (256,)))
+    return -(-n_weights // 2), beside
 
 
 def state_name(name: str, kind: str) -> str:
@@ -144,37 +148,37 @@ def read_states(folder: CheckpointFolder) -> dict[str, QuantState]:
 
     Nothing is mapped. FormatError names the weight and the field or tensor that is wrong.
     """
-    in_order = folder.names
-    names = set(in_order)
+    infos = folder.infos
     kinds: dict[str, str] = {}
-    components: list[str] = []
-    for name in in_order:
-        if name.endswith(_COMPONENTS):
-            components.append(name)
+    for name in infos:
+        if _STATE not in name or name.endswith(_COMPONENTS):
             continue
-        weight, is_state, kind = name.rpartition(_STATE)
-        if not is_state:
-            continue
-        what = f"{folder.path}: weight {weight!r}"
-        if weight in kinds or weight not in names:
-            raise FormatError(f"{what} has {'two quant_states' if weight in kinds else 'a quant_state but no codes'}")
-        if _STATE in weight or (weight.endswith(_COMPONENTS) and weight.rpartition(".")[0] in names):
-            raise FormatError(f"{what} has a quant_state, although it is itself a part of another weight")
-        info = folder.info(name)
-        if info.dtype != torch.uint8 or len(info.shape) != 1 or info.end - info.start > _MAX_STATE_BYTES:
-            raise FormatError(f"{what}: quant_state is no list of at most {_MAX_STATE_BYTES:,} bytes (U8)")
+        weight, _, kind = name.rpartition(_STATE)
+        if weight in kinds or weight not in infos:
+            fault = "two quant_states" if weight in kinds else "a quant_state but no codes"
+            raise FormatError(f"{folder.path}: weight {weight!r} has {fault}")
+        if _STATE in weight or (weight.endswith(_COMPONENTS) and weight.rpartition(".")[0] in infos):
+            raise FormatError(
+                f"{folder.path}: weight {weight!r} has a quant_state, although it is itself a part of another weight"
+            )
+        dtype, shape, start, end = infos[name]
+        if dtype != torch.uint8 or len(shape) != 1 or end - start > _MAX_STATE_BYTES:
+            raise FormatError(
+                f"{folder.path}: weight {weight!r}: quant_state is no list of at most {_MAX_STATE_BYTES:,} bytes (U8)"
+            )
         kinds[weight] = kind
-    for name in components:
-        weight = name.rpartition(".")[0]
-        if weight in names and weight not in kinds:
-            raise FormatError(f"{folder.path}: weight {weight!r} has {name!r} but no quant_state")
+    for name in infos:
+        if name.endswith(_COMPONENTS):
+            weight = name.rpartition(".")[0]
+            if weight not in kinds and weight in infos:
+                raise FormatError(f"{folder.path}: weight {weight!r} has {name!r} but no quant_state")
     states: dict[str, QuantState] = {}
     known: dict[tuple[bytes, str], QuantState] = {}
     for name, data in folder.read(state_name(weight, kind) for weight, kind in kinds.items()):
         weight = name.rpartition(_STATE)[0]
         what = f"{folder.path}: weight {weight!r}"
         states[weight] = _parse_alike(data, known, kind=kinds[weight], what=what)
-        _check_parts(folder, weight, states[weight], names, what)
+        _check_sizes(infos, weight, states[weight], what)
     return states
 
 
@@ -194,24 +198,21 @@ def _parse_alike(data: bytes, known: dict[tuple[bytes, str], QuantState], *, kin
     return QuantState(*known[alike][:-1], _checked_offset(float(match[1]), what))
 
 
-def _check_parts(folder: CheckpointFolder, weight: str, state: QuantState, names: set[str], what: str) -> None:
-    parts = parts_of(weight, state)
-    packed = folder.info(weight)
-    if packed.end - packed.start != parts.codes.n_bytes:
+def _check_sizes(infos: Mapping[str, TensorInfo], weight: str, state: QuantState, what: str) -> None:
+    n_codes, beside = _sizes(state.shape, state.block_size, state.nested_block_size)
+    packed = infos[weight]
+    if packed.end - packed.start != n_codes:
         raise FormatError(
-            f"{what}: shape {list(state.shape)} in its quant_state needs {parts.codes.n_bytes:,} packed bytes,"
+            f"{what}: shape {list(state.shape)} in its quant_state needs {n_codes:,} packed bytes,"
             f" and the file holds {packed.end - packed.start:,}"
         )
-    for plan in parts[1:]:
-        if plan is None:
-            continue
-        name, dtype, shape = plan
-        if name not in names:
-            raise FormatError(f"{what} lacks its {name.removeprefix(f'{weight}.')}")
-        info = folder.info(name)
+    for component, dtype, shape in beside:
+        info = infos.get(weight + component)
+        if info is None:
+            raise FormatError(f"{what} lacks its {component[1:]}")
         if info.shape != shape or info.dtype != dtype:
             raise FormatError(
-                f"{what}: {name.removeprefix(f'{weight}.')} is {dtype_name(info.dtype)} {list(info.shape)}"
+                f"{what}: {component[1:]} is {dtype_name(info.dtype)} {list(info.shape)}"
                 f" where {dtype_name(dtype)} {list(shape)} is needed"
             )
 
