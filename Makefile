@@ -25,6 +25,7 @@ lint: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/cpu_nf4.py
+	$(BIN)/python benchmarks/load.py
 
 soak: $(VENV)/ready
 	$(BIN)/python -m pytest -m soak -s
