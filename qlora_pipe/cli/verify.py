@@ -18,7 +18,7 @@ def verify(path: str, as_json: bool) -> int:
     from qlora_pipe.stages.verify import verify as stage
 
     with Console() as console:
-        found = stage(path, progress=console.count)
+        found = stage(path, progress=console.transfer)
     if as_json:
         click.echo(json.dumps(found.as_json(), indent=2, sort_keys=True))
         return 0 if found.ok else 65
