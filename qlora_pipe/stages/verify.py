@@ -61,7 +61,7 @@ def verify(
     name: str,
     *,
     threads: int = 0,
-    progress: Callable[[str, int, int | None], None] = lambda _what, _done, _total: None,
+    progress: Callable[[str, int, int], None] = lambda _what, _done, _total: None,
 ) -> Verification:
     """Verify a store, checkpoint, adapter, training checkpoint or run, by folder or Hub id.
 
