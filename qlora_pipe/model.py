@@ -66,7 +66,7 @@ class Model:
         elif self.weights.manifest is not None:
             content = {"manifest": self.weights.manifest.digest}
         else:
-            found = hash_files(self._content_files, progress=progress)
+            found = hash_files(self._content_files, mapped=self.weights.load == "mmap", progress=progress)
             content = {"sha256": {path.name: found[path].sha256 for path in found}}
         # Where the cached property looks, so that nothing is hashed twice.
         vars(self)["identity"] = content | self._named

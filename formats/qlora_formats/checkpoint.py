@@ -56,8 +56,10 @@ class CheckpointFolder:
         generation_config: dict[str, Any],
         files: Mapping[str, TensorFile],
         manifest: Manifest | None,
+        load: Load = "mmap",
     ) -> None:
         self.path = path
+        self.load = load
         self.config = config
         self.generation_config = generation_config
         self.manifest = manifest
@@ -82,6 +84,7 @@ class CheckpointFolder:
                 generation_config=read_object(path / GENERATION_CONFIG) if has_generation else {},
                 files=_open_weights(path, load=load),
                 manifest=Manifest.read_if_present(path, kinds=("store", "checkpoint")),
+                load=load,
             )
 
     @property

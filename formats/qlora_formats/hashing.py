@@ -4,9 +4,11 @@ Reading and hashing both let go of the interpreter's lock, so threads work side 
 """
 
 import hashlib
+import mmap
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from io import RawIOBase
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple, TypeVar
@@ -17,6 +19,7 @@ _Result = TypeVar("_Result")
 
 # A chunk that stays in a core's own cache between the read and the hash.
 CHUNK_BYTES = 2**20
+_MAPPED_BYTES = 8 * 2**20
 
 _SECONDS_BETWEEN_REPORTS = 0.1
 
@@ -86,26 +89,49 @@ def in_threads(
     return [future.result() for future in futures]
 
 
-def hash_file(path: Path, *, meter: Meter | None = None) -> FileHash:
-    """Hash one file in the calling thread; FormatError where it cannot be read."""
+def hash_file(path: Path, *, meter: Meter | None = None, mapped: bool = False) -> FileHash:
+    """Hash one file in the calling thread; FormatError where it cannot be read.
+
+    A `mapped` file is not copied first, which a seventh of the time goes into. It is for files that are mapped anyway:
+    where the disk fails, or another program shortens the file, the process is killed.
+    """
     sha256, size = hashlib.sha256(), 0
-    buffer = memoryview(bytearray(CHUNK_BYTES))
     try:
         with path.open("rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                sha256.update(buffer[:count])
-                size += count
+            for piece in _mapped_pieces(file) if mapped else _read_pieces(file):
+                sha256.update(piece)
+                size += len(piece)
                 if meter is not None:
-                    meter.add(count)
+                    meter.add(len(piece))
     except OSError as error:
         raise FormatError(f"cannot read {path}: {error.strerror}") from error
     return FileHash(size, sha256.hexdigest())
+
+
+def _read_pieces(file: RawIOBase) -> Iterator[memoryview]:
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    while count := file.readinto(buffer):
+        yield buffer[:count]
+
+
+def _mapped_pieces(file: RawIOBase) -> Iterator[memoryview]:
+    size = os.fstat(file.fileno()).st_size
+    if not size:
+        return
+    with mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ) as mapping:
+        mapping.madvise(mmap.MADV_SEQUENTIAL)
+        for start in range(0, size, _MAPPED_BYTES):
+            with memoryview(mapping)[start : start + _MAPPED_BYTES] as piece:
+                yield piece
+            # Pages that stayed would count as this process' memory.
+            mapping.madvise(mmap.MADV_DONTNEED, start, min(_MAPPED_BYTES, size - start))
 
 
 def hash_files(
     paths: Iterable[Path],
     *,
     threads: int = 0,
+    mapped: bool = False,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> dict[Path, FileHash]:
     """Hash files side by side, each in one thread, the largest first; the result is in the order of `paths`.
@@ -119,7 +145,7 @@ def hash_files(
     total = sum(sizes.values())
 
     def job(path: Path) -> Callable[[Meter], FileHash]:
-        return lambda meter: hash_file(path, meter=meter)
+        return lambda meter: hash_file(path, meter=meter, mapped=mapped)
 
     found = in_threads(
         [job(path) for path in largest_first], threads=threads, progress=lambda done: progress(done, total)

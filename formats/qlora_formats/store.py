@@ -99,6 +99,10 @@ class Store:
         return self._folder.generation_config
 
     @property
+    def load(self) -> Load:
+        return self._folder.load
+
+    @property
     def manifest(self) -> Manifest | None:
         return self._folder.manifest
 

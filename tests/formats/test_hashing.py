@@ -34,10 +34,13 @@ def files(tmp_path: Path) -> list[Path]:
     return paths
 
 
+@pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("threads", [0, 1, 3, 20])
-def test_each_file_has_the_sha256_of_its_bytes_in_the_order_asked(files: list[Path], threads: int) -> None:
+def test_each_file_has_the_sha256_of_its_bytes_in_the_order_asked(
+    files: list[Path], threads: int, *, mapped: bool
+) -> None:
     expected = {path: FileHash(path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files}
-    found = hash_files([*files, files[2]], threads=threads)
+    found = hash_files([*files, files[2]], threads=threads, mapped=mapped)
     assert found == expected
     assert list(found) == files
     assert [hash_file(path) for path in files] == list(expected.values())
@@ -73,7 +76,31 @@ def test_a_file_that_cannot_be_read_is_named_and_the_others_are_left(tmp_path: P
         hash_file(tmp_path / "folder")
 
 
-def test_an_exception_of_progress_ends_all_threads(tmp_path: Path) -> None:
+def test_a_mapped_file_takes_no_memory_of_its_own_and_leaves_no_mapping_behind(tmp_path: Path) -> None:
+    code = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from qlora_formats.hashing import hash_file\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "hash_file(Path(sys.argv[1]), mapped=True)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+        "print(sys.argv[1] in Path('/proc/self/maps').read_text())\n"
+    )
+    (tmp_path / "large").write_bytes(bytes(96 * 2**20))
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "large")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    grown_kib, mapped = done.stdout.split()
+    assert int(grown_kib) < 24 * 1024
+    assert mapped == "False"
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_an_exception_of_progress_ends_all_threads(tmp_path: Path, *, mapped: bool) -> None:
     before = threading.active_count()
 
     def progress(done: int, _total: int) -> None:
@@ -81,7 +108,7 @@ def test_an_exception_of_progress_ends_all_threads(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        hash_files([sparse(tmp_path / name, ENDLESS) for name in "abcdef"], threads=2, progress=progress)
+        hash_files([sparse(tmp_path / name, ENDLESS) for name in "abcdef"], threads=2, mapped=mapped, progress=progress)
     assert threading.active_count() == before
 
 

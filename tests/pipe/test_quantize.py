@@ -140,7 +140,7 @@ def with_c_kernels(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture
 def _no_c_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An installation that found no C compiler."""
-    monkeypatch.setattr(cpu, "_library", lambda: None)
+    monkeypatch.setattr(cpu, "library", lambda: None)
     cpu.paths.cache_clear()
     yield
     cpu.paths.cache_clear()
