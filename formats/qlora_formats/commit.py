@@ -7,7 +7,6 @@ nothing half-written is ever seen under a final name.
 """
 
 import fcntl
-import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,44 +22,13 @@ from qlora_formats.journal import JOURNAL, Journal, file_line, survey, temporari
 from qlora_formats.manifest import KINDS, MANIFEST, FileRecord, Manifest, difference
 from qlora_formats.strict_json import normal
 from qlora_formats.target import partial_path, refuse_existing
+from qlora_formats.writer import FileWriter
 
-_CHUNK_BYTES = 8 * 2**20
-_AHEAD_OF_FSYNC_BYTES = 64 * 2**20
+_CHUNK_BYTES = 4 * 2**20
 
 
 def _open(path: Path, flags: int) -> int:
     return os.open(path, flags | os.O_CLOEXEC, 0o666)
-
-
-class FileWriter:
-    """A file on its way to disk: counts and hashes what is written to it.
-
-    `facts` may be filled with what the journal and the manifest should remember about this file.
-    """
-
-    def __init__(self, fd: int, path: Path) -> None:
-        self.facts: dict[str, Any] = {}
-        self._fd = fd
-        self._path = path
-        self._sha256 = hashlib.sha256()
-        self._bytes = 0
-        # So many of them are on their way to the disk.
-        self._begun = 0
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Append all of `data`; CommitError "disk" where the system refuses."""
-        view = memoryview(data).cast("B")
-        for start in range(0, len(view), _CHUNK_BYTES):
-            piece = view[start : start + _CHUNK_BYTES]
-            disk.write_all(self._fd, piece, self._path)
-            self._sha256.update(piece)
-            self._bytes += len(piece)
-            if self._bytes - self._begun >= _AHEAD_OF_FSYNC_BYTES:
-                disk.start_writing(self._fd, self._begun, self._bytes - self._begun)
-                self._begun = self._bytes
-
-    def record(self) -> FileRecord:
-        return FileRecord(self._bytes, self._sha256.hexdigest(), normal(self.facts))
 
 
 class PartialFolder:
@@ -304,10 +272,12 @@ def _try_lock(partial: Path) -> int | None:
 def _new_file(path: Path) -> Iterator[FileWriter]:
     with disk.reporting(path):
         fd = _open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    writer = FileWriter(fd, path)
     try:
-        yield FileWriter(fd, path)
+        yield writer
         disk.fsync(fd, path)
     finally:
+        writer.close()
         os.close(fd)
 
 
