@@ -154,4 +154,12 @@ ALWAYS_INLINE float weight_at(enum dtype dtype, const uint8_t *weight, int64_t i
     return dtype == FLOAT16 ? float_of_half(half) : float_of((uint32_t)half << 16);
 }
 
+/* With every 32 weights that are encoded: while a piece is, memory would stand idle. Beyond the end it does nothing. */
+ALWAYS_INLINE void fetch_next_piece(enum dtype dtype, const uint8_t *weight)
+{
+    uintptr_t next = (uintptr_t)weight + (uintptr_t)(PIECE * bytes_of(dtype));
+    for (int64_t line = 0; line < 32 * bytes_of(dtype); line += 64)
+        __builtin_prefetch((const void *)(next + (uintptr_t)line));
+}
+
 #endif

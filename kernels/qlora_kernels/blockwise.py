@@ -132,10 +132,14 @@ def offset_of(absmax_S: Tensor) -> Tensor:
     """The mean of the scales, float32 [], as torch sums it on a CPU with one thread."""
     # With more threads torch adds up parts of a sum, as many as there are threads, and the last bit differs. It never
     # divides one of several rows: so the mean of two equal ones does not depend on the number of threads.
-    mean = absmax_S.cpu().expand(2, -1).mean(dim=1)[0]
+    return checked_offset(absmax_S.cpu().expand(2, -1).mean(dim=1)[0]).to(absmax_S.device)
+
+
+def checked_offset(mean: Tensor) -> Tensor:
+    """Raise ValueError for a mean that is not finite."""
     if not mean.isfinite():
         raise ValueError("cannot apply double quantization: the mean of the block maxima exceeds float32's range")
-    return mean.to(absmax_S.device)
+    return mean
 
 
 def _block_maxima(chunk: Tensor, block_size: int) -> Tensor:

@@ -111,8 +111,10 @@ INLINE void encode_blocks(enum dtype dtype, const uint8_t *weight, int64_t block
     };
     for (int64_t block = 0; block < blocks; block++) {
         __m256 factor = _mm256_set1_ps(factors[block]);
-        for (int64_t i = block * block_size; i < (block + 1) * block_size; i += 32)
+        for (int64_t i = block * block_size; i < (block + 1) * block_size; i += 32) {
+            fetch_next_piece(dtype, weight + i * bytes_of(dtype));
             encode_32(dtype, weight + i * bytes_of(dtype), factor, &tables, codes + i / 2);
+        }
     }
 }
 

@@ -102,6 +102,7 @@ INLINE void encode_blocks(enum dtype dtype, const uint8_t *weight, int64_t block
     for (int64_t block = 0; block < blocks; block++) {
         __m512 factor = _mm512_set1_ps(factors[block]), firsts, seconds;
         for (int64_t i = block * block_size; i < (block + 1) * block_size; i += 32) {
+            fetch_next_piece(dtype, weight + i * bytes_of(dtype));
             load_apart(dtype, weight + i * bytes_of(dtype), &firsts, &seconds);
             __m512i high = codes_of(_mm512_mul_ps(firsts, factor), tables.cuts, tables.first_codes);
             __m512i low = codes_of(_mm512_mul_ps(seconds, factor), tables.cuts, tables.second_codes);

@@ -23,6 +23,7 @@ from qlora_kernels.blockwise import (
     NOT_FINITE,
     PIECE,
     check_source,
+    checked_offset,
     code_of_position,
     lookup,
     offset_of,
@@ -36,6 +37,7 @@ from qlora_kernels.library import (
     Quantization,
     call,
     library,
+    sum_in_torchs_order,
 )
 from qlora_kernels.quantized import QuantizedTensor
 from qlora_kernels.threads import in_shares
@@ -45,10 +47,12 @@ VARIABLE: Final = "QLORA_PIPE_CPU"
 # The C library's numbers and what they are called, the best first.
 _PATHS: Final = {"avx512": (2, "AVX-512"), "avx2": (1, "AVX2"), "portable": (0, "no vector instructions")}
 _DTYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# Elements from which on torch shares a sum out among threads.
+_SHARED_OUT_BY_TORCH: Final = 32_768
 # Bytes of a tensor that is better put in large pages.
 _LARGE: Final = 4 << 20
-# Weights that are work for one thread alone: some 50 microseconds.
-_SMALLEST_SHARE: Final = 1 << 18
+# Weights that are work for one thread alone, of some 200 microseconds: to wake another takes 50.
+_SMALLEST_SHARE: Final = 1 << 20
 
 
 def description() -> str:
@@ -110,7 +114,7 @@ def quantize(weight: Tensor, *, kind: Kind, block_size: int, double_quant: bool)
     shape, levels = tuple(weight.shape), levels_of(kind)
     if not double_quant:
         return QuantizedTensor(codes_B, absmax_S, levels, None, None, None, block_size, NESTED_BLOCK_SIZE, shape)
-    offset = offset_of(absmax_S)
+    offset = _offset_of(absmax_S)
     groups = math.ceil(n_blocks / NESTED_BLOCK_SIZE)
     nested_codes_S, nested_absmax_G = _empty(n_blocks, dtype=torch.uint8), _empty(groups, dtype=torch.float32)
     code_at = code_of_position()
@@ -184,6 +188,23 @@ def compares(weight: Tensor, q: QuantizedTensor) -> bool:
     """Whether the C library can; what it cannot is left to torch."""
     fits = weight.device.type == "cpu" and weight.dtype in _DTYPES and weight.numel() == math.prod(q.shape)
     return fits and q.block_size in BLOCK_SIZES and dequantizes(q, torch.float32)
+
+
+def _offset_of(absmax_S: Tensor) -> Tensor:
+    """As `blockwise.offset_of`, without waking torch's threads, which then keep processors busy for a while."""
+    if absmax_S.numel() < _SHARED_OUT_BY_TORCH:
+        return checked_offset(absmax_S.mean())
+    if not _sums_as_torch_does():
+        return offset_of(absmax_S)
+    total = sum_in_torchs_order(absmax_S.data_ptr(), absmax_S.numel())
+    return checked_offset(torch.tensor(total, dtype=torch.float32, device="cpu") / absmax_S.numel())
+
+
+@cache
+def _sums_as_torch_does() -> bool:
+    """Whether the library's order of summation is that of the torch that is installed, on this processor."""
+    values = torch.arange(100_003, dtype=torch.float32, device="cpu").sqrt()
+    return sum_in_torchs_order(values.data_ptr(), values.numel()) == values.expand(2, -1).sum(dim=1)[0].item()
 
 
 @cache

@@ -79,13 +79,15 @@ def library() -> ctypes.CDLL | None:
     built = [file for file in files if file.exists()]
     if not built:
         return None
-    library = ctypes.CDLL(str(built[0]))
-    if ctypes.c_int32.in_dll(library, "interface").value != INTERFACE:
+    found = ctypes.CDLL(str(built[0]))
+    if ctypes.c_int32.in_dll(found, "interface").value != INTERFACE:
         return None
-    library.runs_path.argtypes = [ctypes.c_int32]
+    found.runs_path.argtypes = [ctypes.c_int32]
+    found.sum_in_torchs_order.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    found.sum_in_torchs_order.restype = ctypes.c_float
     for name in ("quantize_blocks", "quantize_scales", "dequantize_blocks", "compare_pieces"):
-        getattr(library, name).argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
-    return library
+        getattr(found, name).argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+    return found
 
 
 def call(name: str, task: ctypes.Structure) -> Callable[[int, int], bool]:
@@ -96,3 +98,10 @@ def call(name: str, task: ctypes.Structure) -> Callable[[int, int], bool]:
         return bool(function(ctypes.byref(task), start, stop))
 
     return work
+
+
+def sum_in_torchs_order(address: int, n: int) -> float:
+    """The float32 sum of n values, eight at least."""
+    found = library()
+    assert found is not None
+    return float(found.sum_in_torchs_order(address, n))

@@ -1,6 +1,7 @@
 """Every path of the C kernels against the reference in plain torch, bit for bit."""
 
 import math
+import platform
 import subprocess
 import sys
 import threading
@@ -11,7 +12,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_kernels import BLOCK_SIZES, QuantizedTensor, blockwise, dequantize, dequantize_reference, quantize
+from qlora_kernels import (
+    BLOCK_SIZES,
+    QuantizedTensor,
+    blockwise,
+    cpu,
+    dequantize,
+    dequantize_reference,
+    library,
+    quantize,
+)
 from qlora_kernels.levels import Kind, levels_of, thresholds
 from tests.kernels.paths import DTYPES, PATHS, SOURCES, assert_same, bits, forced, normal, walled
 
@@ -155,6 +165,32 @@ def test_weights_on_and_beside_the_cuts_are_quantized_alike(path: str, kind: Kin
 def test_scales_near_the_midpoints_of_their_codes_are_quantized_alike(path: str) -> None:
     scales = torch.rand(100_001, generator=torch.Generator().manual_seed(0)) + 0.01
     _assert_quantizes_alike(scales.repeat_interleave(32), block_size=32)
+
+
+@pytest.mark.skipif(
+    platform.machine().lower() not in ("x86_64", "amd64"), reason="torch's vectors are of another width"
+)
+def test_scales_are_summed_in_torchs_order() -> None:
+    assert cpu._sums_as_torch_does()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        sizes = [*range(8, 600), *(2**power + offset for power in range(10, 21) for offset in (-1, 0, 1)), 5_000_001]
+        for n in sizes:
+            values = torch.rand(n, generator=torch.Generator().manual_seed(n)) + 0.01
+            assert library.sum_in_torchs_order(values.data_ptr(), n) == values.sum().item(), n
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("blocks", [1000, 32_767, 32_768, 100_003])
+def test_the_offset_is_the_references_with_or_without_torchs_order(
+    path: str, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = (normal(blocks).abs() + 0.01).repeat_interleave(32)
+    _assert_quantizes_alike(weight, block_size=32)
+    monkeypatch.setattr(cpu, "_sums_as_torch_does", lambda: False)
+    _assert_quantizes_alike(weight, block_size=32)
 
 
 @pytest.mark.parametrize("magnitude", [0.0, 1e-45, 1e-40, 1.0])
