@@ -26,6 +26,8 @@ from qlora_kernels.blockwise import dequantize_absmax
 
 # The peer's two ways: rows of a multiple of 16 weights, and not.
 _COLUMNS, _OTHER_COLUMNS = 1024, 8
+# Seconds for which torch's threads may look for more work.
+_PAUSE = 0.03
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -84,10 +86,9 @@ def _dequantizers_into(weight: Tensor) -> dict[str, Callable[[], object]]:
     function = getattr(lib, f"cdequantize_blockwise_cpu_nf4_{name}")
 
     def theirs(columns: int) -> Callable[[], object]:
-        rows = weight.numel() // columns
-        pointers = [ctypes.c_void_p(part.data_ptr()) for part in (ours.codes, scales, out)]
-        sizes = [ctypes.c_longlong(size) for size in (ours.block_size, rows, columns)]
-        return lambda: function(*pointers, *sizes)
+        sizes = [ctypes.c_longlong(size) for size in (ours.block_size, weight.numel() // columns, columns)]
+        # The tensors themselves, and not only where they lie, are kept for as long as the call is.
+        return lambda: function(*(ctypes.c_void_p(part.data_ptr()) for part in (ours.codes, scales, out)), *sizes)
 
     for columns in (_COLUMNS, _OTHER_COLUMNS):
         theirs(columns)()
@@ -137,7 +138,7 @@ def main() -> None:
             torch.set_num_threads(1)
             calls = candidates(weight)
             torch.set_num_threads(threads)
-            timings = interleaved(calls, rounds=arguments.rounds)
+            timings = interleaved(calls, rounds=arguments.rounds, pause=_PAUSE)
             name = str(dtype).removeprefix("torch.")
             what = {"operation": operation, "dtype": name, "weights": weight.numel(), "threads": threads}
             rows.append(what | _row(weight.numel(), timings))

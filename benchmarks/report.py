@@ -24,9 +24,12 @@ class Timing(NamedTuple):
     slowest: float
 
 
-def interleaved(candidates: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, Timing]:
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]], *, rounds: int, pause: float = 0.0
+) -> dict[str, Timing]:
     """Time the candidates in turn, round after round, so that a busy moment meets all of them; one warm-up each.
 
+    `pause` seconds before each call let the threads of the one before fall asleep: torch's stay busy after their work.
     CPU seconds sum over all threads: on a shared machine they tell more than the clock.
     """
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates}
@@ -34,6 +37,7 @@ def interleaved(candidates: Mapping[str, Callable[[], object]], *, rounds: int) 
         run()
     for _ in range(rounds):
         for name, run in candidates.items():
+            time.sleep(pause)
             wall, cpu = time.perf_counter(), time.process_time()
             run()
             samples[name].append((time.perf_counter() - wall, time.process_time() - cpu))
