@@ -3,10 +3,12 @@
 The sources are LLaMA-shaped and made here, in bfloat16 and in files of 4 GiB as such models are published; one has four
 times the bytes of the other and the same largest tensor. Raw means reading the source's files and writing and fsyncing
 as many bytes as the store has, with all cores and with one thread. Warm: the source is in the page cache. Cold: it was
-dropped from there just before, for both sides.
+dropped from there just before, for both sides. "Its sha256 alone" is what hashing as many bytes as `quantize` hashes
+takes on all cores, with nothing else to do.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -119,6 +121,21 @@ def raw(source: Path, scratch: Path, *, written: int, threads: int) -> float:
     return seconds
 
 
+def hashed(n_bytes: int, *, threads: int) -> float:
+    """Seconds to take the sha256 of `n_bytes` bytes, shared out evenly, from memory."""
+    data = os.urandom(PIECE)
+
+    def work(share: int) -> None:
+        sha256 = hashlib.sha256()
+        for start in range(0, share, PIECE):
+            sha256.update(data[: share - start])
+
+    begun = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, [n_bytes // threads] * threads))
+    return time.perf_counter() - begun
+
+
 def forget(source: Path) -> None:
     """Drop a source from the page cache."""
     for path in source.glob("*.safetensors"):
@@ -144,6 +161,9 @@ def child(source: str, out: str) -> None:
     from qlora_pipe.stages.quantize import quantize
 
     manager = load_plugins()
+    # The peak counts from here, and not from what the process that started this one had.
+    Path("/proc/self/clear_refs").write_text("5")
+    resident = memory("VmRSS")
     before = resource.getrusage(resource.RUSAGE_SELF)
     begun = time.perf_counter()
     quantize(Checkpoint.open(source), Path(out), QuantizeConfig(), manager=manager)
@@ -152,17 +172,26 @@ def child(source: str, out: str) -> None:
     used = {
         "seconds": seconds,
         "cpu": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-        "peak": (after.ru_maxrss - before.ru_maxrss) * 1024,
+        "peak": memory("VmHWM") - resident,
     }
     print(json.dumps(used))
+
+
+def memory(field: str) -> int:
+    """Bytes that this process has in memory now (VmRSS), or had at most (VmHWM)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition(f"{field}:")[2].split()[0])
 
 
 def measure(source: Path, folder: Path, *, rounds: int, cold: bool) -> dict[str, object]:
     """One row: medians of interleaved rounds."""
     cores = os.cpu_count() or 1
-    found: dict[str, list[float]] = {"quantize": [], "cpu": [], "peak": [], "raw": [], "raw one thread": []}
+    found: dict[str, list[float]] = {"quantize": [], "cpu": [], "peak": [], "raw": [], "raw one thread": [], "hash": []}
     written = convert(source, folder / "store")["written"]
+    read = sum(map(_size, source.glob("*.safetensors")))
     for _ in range(rounds):
+        # The source's files, and the store's bytes twice: for the files, and for each weight.
+        found["hash"].append(hashed(int(read + 2 * written), threads=cores))
         for name, threads in (("raw", cores), ("raw one thread", 1)):
             if cold:
                 forget(source)
@@ -173,7 +202,6 @@ def measure(source: Path, folder: Path, *, rounds: int, cold: bool) -> dict[str,
         for name, key in (("quantize", "seconds"), ("cpu", "cpu"), ("peak", "peak")):
             found[name].append(used[key])
     medians = {name: statistics.median(values) for name, values in found.items()}
-    read = sum(map(_size, source.glob("*.safetensors")))
     largest = 2 * VOCABULARY * HIDDEN
     return {
         "source GB": round(read / 1e9, 2),
@@ -184,6 +212,7 @@ def measure(source: Path, folder: Path, *, rounds: int, cold: bool) -> dict[str,
         "GB/s": round(read / medians["quantize"] / 1e9, 2),
         "raw, all cores s": round(medians["raw"], 2),
         "raw, one thread s": round(medians["raw one thread"], 2),
+        "its sha256 alone, all cores s": round(medians["hash"], 2),
         "raw/quantize": round(medians["raw"] / medians["quantize"], 2),
         "raw one thread/quantize": round(medians["raw one thread"] / medians["quantize"], 2),
         "peak MB": round(max(found["peak"]) / 1e6, 1),

@@ -122,9 +122,9 @@ _OPERATIONS = {"quantize": _quantizers, "dequantize": _dequantizers, "dequantize
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--weights", type=int, nargs="+", default=[1 << 20, 1 << 24], help="sizes (default: %(default)s)"
+        "--weights", type=int, nargs="+", default=[1 << 20, 1 << 26], help="sizes (default: %(default)s)"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="timed calls of each side (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="timed calls of each side (default: %(default)s)")
     arguments = parser.parse_args()
     all_threads = torch.get_num_threads()
     print(f"blocks of 64; here: {cpu.description()}")

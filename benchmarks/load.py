@@ -6,6 +6,7 @@ times the size: what grows with the bytes would show there.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import subprocess
@@ -31,6 +32,8 @@ def measure(folder: Path, rounds: int) -> dict[str, float]:
     # Python and torch pay once for what any first call costs them; a tiny store takes that upon itself.
     with tempfile.TemporaryDirectory() as tiny:
         QuantizedCheckpoint.open(hollow_store(Path(tiny) / "tiny", Shape(1, 64, 128, 64, 10), shard_mib=1))
+    # The imports have left many objects, and a collection that is due walks through all of torch.
+    gc.collect()
     before, read_before = _resident(), _read()
     first, _ = _seconds(lambda: QuantizedCheckpoint.open(folder))
     store = QuantizedCheckpoint.open(folder)

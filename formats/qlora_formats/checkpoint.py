@@ -247,9 +247,10 @@ def check_shard(index: Path, weight_map: Mapping[str, str], name: str, *, tensor
         if weight_map.get(tensor) != name:
             there = f"in {weight_map[tensor]}" if tensor in weight_map else "nowhere"
             raise FormatError(f"{path} holds the tensor {tensor!r}, which {index.name} places {there}")
-    for tensor, holder in weight_map.items():
-        if holder == name and tensor not in tensors:
-            raise FormatError(f"{path} lacks the tensor {tensor!r} that {index.name} places there")
+    # All that it holds is placed there, so it holds all that is if it holds as many.
+    if list(weight_map.values()).count(name) != len(tensors):
+        lost = next(tensor for tensor, holder in weight_map.items() if holder == name and tensor not in tensors)
+        raise FormatError(f"{path} lacks the tensor {lost!r} that {index.name} places there")
 
 
 def _instead(path: Path) -> str:

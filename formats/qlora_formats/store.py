@@ -82,9 +82,9 @@ class Store:
                     f"{path} is not a 4-bit checkpoint: {CONFIG} has no quantization_config of bitsandbytes"
                 )
             states = read_states(folder)
-        if not states:
-            raise FormatError(f"{path} holds no weight in 4 bits, although its {CONFIG} says that it does")
-        return cls(folder, states)
+            if not states:
+                raise FormatError(f"{path} holds no weight in 4 bits, although its {CONFIG} says that it does")
+            return cls(folder, states)
 
     @property
     def path(self) -> Path:

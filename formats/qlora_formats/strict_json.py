@@ -41,7 +41,8 @@ def parse_object(data: bytes, *, what: str, most_values: int = MAX_VALUES) -> di
             object_pairs_hook=_unique,
             parse_constant=_refuse_constant,
             parse_float=_finite_float,
-            parse_int=_bounded_int,
+            # Called for each number, which a header has thousands of: only where one of them may be too long.
+            parse_int=_bounded_int if _may_hold_a_long_number(data) else None,
         )
         if "\\u" in text:
             _refuse_lone_surrogates(value)
@@ -113,6 +114,12 @@ def _finite_float(text: str) -> float:
     if isinf(value):
         raise ValueError(f"{text[:40]} is too large a number")
     return value
+
+
+def _may_hold_a_long_number(data: bytes) -> bool:
+    # A number that is too long fills at least one of these windows.
+    window = (_MAX_DIGITS + 1) // 2 - 1
+    return any(data[start : start + window].isdigit() for start in range(0, len(data), window))
 
 
 def _bounded_int(text: str) -> int:

@@ -136,6 +136,8 @@ def _write_store(
     if not precision.quantized:
         raise DataError(f"{source.path.name} holds no weight that the {architecture.name} plugin would quantise.")
 
+    quantized = frozenset(precision.quantized)
+
     def group_of(name: str) -> str | None:
         block = block_of(name, architecture.blocks)
         return None if block is None else f"{block}."
@@ -143,7 +145,7 @@ def _write_store(
     plan = StorePlan.of(
         [(name, info.dtype, info.shape) for name, info in infos.items()],
         block_of=group_of,
-        is_quantized=frozenset(precision.quantized).__contains__,
+        is_quantized=quantized.__contains__,
         kind=config.type,
         block_size=config.block_size,
         double_quant=config.double_quant,
@@ -172,7 +174,6 @@ def _write_store(
             through += infos[name].end - infos[name].start
             progress("quantize", through, source_bytes)
 
-        quantized = frozenset(precision.quantized)
         write_store(
             work,
             config=source.config,
