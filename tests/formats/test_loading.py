@@ -13,8 +13,8 @@ LISTING = r"""21 98 0:20 / /sys rw,nosuid,nodev,noexec,relatime shared:7 - sysfs
 121 120 8:1 / /data/scratch rw,relatime shared:61 - xfs /dev/sda1 rw
 122 98 0:51 / /mnt/with\040space\134here rw,relatime - cifs //server/share rw,vers=3.1.1
 123 98 0:52 /home /home/ann/remote rw,nosuid,nodev,relatime shared:62 master:3 - fuse.sshfs ann@host: rw
-124 98 0:53 / /work rw,relatime - ext4 /dev/sdb1 rw
-125 124 0:54 / /work rw,relatime - lustre 10.0.0.1@tcp:/fs rw
+124 98 0:53 / /wide rw,relatime - ext4 /dev/sdb1 rw
+125 124 0:54 / /wide rw,relatime - lustre 10.0.0.1@tcp:/fs rw
 126 98 0:55 / /usb rw,relatime - fuseblk /dev/sdc1 rw
 127 98 0:56 / /local rw,relatime - fuse.bindfs /else rw
 malformed line
@@ -33,7 +33,7 @@ malformed line
         ("/data/scratchy", "/data", "nfs4"),
         ("/database", "/", "ext4"),
         ("/mnt/with space\\here/store", "/mnt/with space\\here", "cifs"),
-        ("/work/store", "/work", "lustre"),
+        ("/wide/store", "/wide", "lustre"),
     ],
 )
 def test_a_path_lies_on_the_longest_mount_above_it_and_the_last_of_two(path: str, point: str, kind: str) -> None:
