@@ -120,7 +120,7 @@ class TensorFile:
 
         A view of it stays valid and reads them from the file again; what was written to the view is lost.
         """
-        info = self.infos[name]
+        info = self._info(name)
         start = info.start - info.start % mmap.PAGESIZE
         if self._mapping is not None and info.end > start:
             self._mapping.madvise(mmap.MADV_DONTNEED, start, info.end - start)

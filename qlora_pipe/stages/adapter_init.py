@@ -123,14 +123,14 @@ def write_initial_adapter(
     parts = {f"part-{number:05}.safetensors": block for number, block in enumerate(blocks.values(), start=1)}
     infos = {layer: source.weights.info(f"{layer}.weight") for layer in layers}
     source_bytes = {layer: info.end - info.start for layer, info in infos.items()}
-    through = 0
+    through, total = 0, sum(source_bytes.values())
 
     def pair(layer: str) -> tuple[tuple[Tensor, Tensor], tuple[float, float]]:
         nonlocal through
         found = _pair(source, store, f"{layer}.weight", rank=rank)
         source.weights.release(f"{layer}.weight")
         through += source_bytes[layer]
-        progress("adapter", through, sum(source_bytes.values()))
+        progress("adapter", through, total)
         return found
 
     with commit_folder(out, kind="adapter", inputs=inputs) as work:
@@ -207,10 +207,11 @@ def _pair(
     size, before = squared_norm(exact), squared_norm(residual)
     with one_thread():
         after = squared_norm(residual.addmm_(b, a, alpha=-1))
-    return (a, b), (_share(before, size), _share(after, size))
+    return (a, b), (relative_error(before, size), relative_error(after, size))
 
 
-def _share(error: float, size: float) -> float:
+def relative_error(error: float, size: float) -> float:
+    """|W - W'| / |W| to four digits from the squares of both norms; 0 for a weight of zeros."""
     return float(f"{(error / size) ** 0.5:.4g}") if size else 0.0
 
 

@@ -98,17 +98,21 @@ def merge(
             )
         return merged
 
-    def produce_counted(name: str) -> Tensor:
-        result = produce(name)
-        seen.add(name)
-        progress("merge", sum(sizes[one] for one in seen), sum(sizes.values()))
-        return result
-
     plans = [TensorPlan(name, DTYPES[config.dtype], base.shape(name)) for name in names]
     sizes = {plan.name: plan.n_bytes for plan in plans}
+    through, total = 0, sum(sizes.values())
+
+    def produce_counted(name: str) -> Tensor:
+        nonlocal through
+        result = produce(name)
+        seen.add(name)
+        through += sizes[name]
+        progress("merge", through, total)
+        return result
+
     with commit_folder(out, kind="checkpoint", inputs=inputs) as work:
         written = sum(record.bytes for record in work.done.values())
-        require_space(out, needed=sum(plan.n_bytes for plan in plans) - written)
+        require_space(out, needed=total - written)
         write_checkpoint(
             work, config=_plain_config(base, config.dtype), tensors=plans, produce=produce_counted,
             shard_mib=config.shard_mib,

@@ -4,7 +4,7 @@ The source is mapped. Threads quantise the weights that come next while one is w
 source's files beside them, which on a cold disk is what reads ahead.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +20,7 @@ from qlora_formats.commit import commit_folder
 from qlora_formats.errors import FormatError
 from qlora_formats.journal import survey
 from qlora_formats.layout import StorePlan
-from qlora_formats.manifest import Manifest
+from qlora_formats.manifest import FileRecord, Manifest
 from qlora_formats.store import StoredWeight, write_store
 from qlora_formats.target import finished, partial_path, require_space
 from qlora_formats.tensorfile import TensorInfo
@@ -31,13 +31,14 @@ from qlora_pipe.artifacts import Checkpoint, QuantizedCheckpoint
 from qlora_pipe.config import QuantizeConfig
 from qlora_pipe.errors import DataError
 from qlora_pipe.plugins import find_architecture
-from qlora_pipe.precision import Precision, choose_precision
+from qlora_pipe.precision import choose_precision
 from qlora_pipe.stages.adapter_init import (
     AdapterInit,
     InitialAdapter,
     adapter_folder,
     is_adapted,
     parse_adapter_init,
+    relative_error,
     write_initial_adapter,
 )
 from qlora_pipe.stages.load import note_slow_kernels
@@ -153,7 +154,7 @@ def _write_store(
     )
     with commit_folder(out, kind="store", inputs=inputs) as work, _hashed_beside(source) as hashed:
         written = sum(record.bytes for record in work.done.values())
-        require_space(out, needed=_needed_bytes(infos, precision) - written)
+        require_space(out, needed=_needed_bytes(infos, quantized=quantized) - written)
         source_bytes = sum(info.end - info.start for info in infos.values())
         through = source_bytes - _missing_bytes(infos, done=work.done)
         progress("quantize", through, source_bytes)
@@ -242,17 +243,17 @@ def _hashed_beside(source: Checkpoint) -> Iterator[Future[dict[str, Any]]]:
             left.set()
 
 
-def _needed_bytes(infos: dict[str, TensorInfo], precision: Precision) -> int:
-    """What the store will take at most: 4.5 bits of each quantised weight are left, what is kept counts in full."""
-    quantized = frozenset(precision.quantized)
-    sizes = {name: info.end - info.start for name, info in infos.items()}
-    return sum(
-        -(-size // info.dtype.itemsize * 5 // 8) if name in quantized else size
-        for (name, info), size in zip(infos.items(), sizes.values(), strict=True)
-    )
+def _needed_bytes(infos: Mapping[str, TensorInfo], *, quantized: Collection[str]) -> int:
+    """What the store will take at most: 5 bits are left of each quantised weight, what is kept counts in full."""
+
+    def needed(name: str, info: TensorInfo) -> int:
+        size = info.end - info.start
+        return -(-size // info.dtype.itemsize * 5 // 8) if name in quantized else size
+
+    return sum(needed(name, info) for name, info in infos.items())
 
 
-def _missing_bytes(infos: dict[str, TensorInfo], *, done: Any) -> int:
+def _missing_bytes(infos: Mapping[str, TensorInfo], *, done: Mapping[str, FileRecord]) -> int:
     """The source's bytes of the tensors that no finished shard holds."""
     there = {name for record in done.values() for name in record.facts.get("tensors", {})}
     return sum(info.end - info.start for name, info in infos.items() if name not in there)
@@ -272,5 +273,4 @@ def _quantized(weight: Tensor, config: QuantizeConfig, *, name: str, iterations:
     except ValueError as fault:
         raise DataError(f"{name}: {fault}.") from fault
     error, size = squared_error(weight, q)
-    relative = float(f"{(error / size) ** 0.5:.4g}") if size else 0.0
-    return StoredWeight(**q._asdict(), kind=config.type, dtype=weight.dtype), relative
+    return StoredWeight(**q._asdict(), kind=config.type, dtype=weight.dtype), relative_error(error, size)
