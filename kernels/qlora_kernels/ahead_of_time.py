@@ -3,6 +3,7 @@
 Not possible in a process with TRITON_INTERPRET=1, where kernels are plain Python.
 """
 
+import importlib
 import json
 import re
 import subprocess
@@ -15,21 +16,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qlora_kernels.dequantize_triton import OPTIONS, blocks_per_program, dequantize_kernel
+from qlora_kernels.variant import Variant
 
+# The modules that hold kernels; `variants()` of each names the forms it launches.
+MODULES: Final = ("dequantize_triton",)
 # Compute capabilities: A100, and H100 or H200.
 CAPABILITIES: Final = (80, 90)
 _WARP: Final = 32
-
-
-class Variant(NamedTuple):
-    """One specialisation of a kernel, named by what it is specialised for."""
-
-    name: str
-    kernel: Any
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    options: dict[str, Any]
 
 
 class Usage(NamedTuple):
@@ -46,34 +39,8 @@ class Usage(NamedTuple):
 
 def variants() -> Iterator[Variant]:
     """Every kernel in the forms that are launched."""
-    for out in ("fp32", "fp16", "bf16"):
-        for nested in (True, False):
-            for block_size in (64,) if out != "bf16" else (32, 64, 4096):
-                yield _dequantize(out, nested=nested, block_size=block_size)
-
-
-def _dequantize(out: str, *, nested: bool, block_size: int) -> Variant:
-    signature = {
-        "codes_B": "*u8",
-        "absmax_S": "*u8" if nested else "*fp32",
-        "levels_16": "*fp32",
-        "nested_absmax_G": "*fp32",
-        "nested_levels_256": "*fp32",
-        "offset_1": "*fp32",
-        "out_N": "*i16" if out == "bf16" else f"*{out}",
-        "n_weights": "i32",
-        "n_bytes": "i32",
-        "n_blocks": "i32",
-        "nested_block_size": "i32",
-    }
-    constants = {
-        "BLOCK_SIZE": block_size,
-        "BLOCKS_PER_PROGRAM": blocks_per_program(block_size),
-        "NESTED": nested,
-        "OUT_IS_BFLOAT16": out == "bf16",
-    }
-    name = f"dequantize_{out}_{'double_quant' if nested else 'plain'}_block{block_size}"
-    return Variant(name, dequantize_kernel, signature, constants, OPTIONS)
+    for module in MODULES:
+        yield from importlib.import_module(f"qlora_kernels.{module}").variants()
 
 
 def compile_variant(variant: Variant, capability: int) -> Any:
@@ -83,7 +50,7 @@ def compile_variant(variant: Variant, capability: int) -> Any:
     aligned = {
         (position,): [["tt.divisibility", 16]]
         for position, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or name in ("n_weights", "n_bytes", "nested_block_size")
+        if kind.startswith("*") or name in variant.aligned
     }
     source = ASTSource(variant.kernel, signature, constexprs=variant.constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, _WARP), options=variant.options)

@@ -5,6 +5,7 @@ holds R whole blocks, each block P = block_size / 2 bytes.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Final
 
 import torch
@@ -13,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qlora_kernels.quantized import QuantizedTensor
+from qlora_kernels.variant import Variant
 
 # Weights per program, unless one block is larger: with four warps, 16 bytes of codes per thread and load.
 _TILE: Final = 4096
@@ -105,3 +107,37 @@ def dequantize_triton(q: QuantizedTensor, dtype: torch.dtype, *, out: Tensor | N
         **OPTIONS,
     )
     return out
+
+
+def variants() -> Iterator[Variant]:
+    """The forms that are launched, for ahead_of_time.py."""
+    for out in ("fp32", "fp16", "bf16"):
+        for nested in (True, False):
+            for block_size in (64,) if out != "bf16" else (32, 64, 4096):
+                yield _variant(out, nested=nested, block_size=block_size)
+
+
+def _variant(out: str, *, nested: bool, block_size: int) -> Variant:
+    signature = {
+        "codes_B": "*u8",
+        "absmax_S": "*u8" if nested else "*fp32",
+        "levels_16": "*fp32",
+        "nested_absmax_G": "*fp32",
+        "nested_levels_256": "*fp32",
+        "offset_1": "*fp32",
+        "out_N": "*i16" if out == "bf16" else f"*{out}",
+        "n_weights": "i32",
+        "n_bytes": "i32",
+        "n_blocks": "i32",
+        "nested_block_size": "i32",
+    }
+    constants = {
+        "BLOCK_SIZE": block_size,
+        "BLOCKS_PER_PROGRAM": blocks_per_program(block_size),
+        "NESTED": nested,
+        "OUT_IS_BFLOAT16": out == "bf16",
+    }
+    name = f"dequantize_{out}_{'double_quant' if nested else 'plain'}_block{block_size}"
+    return Variant(
+        name, dequantize_kernel, signature, constants, OPTIONS, ("n_weights", "n_bytes", "nested_block_size")
+    )

@@ -1,7 +1,6 @@
 """The one place that chooses how a tensor is quantized and made dense again."""
 
 import math
-import os
 
 import torch
 from torch import Tensor
@@ -9,6 +8,7 @@ from torch import Tensor
 from qlora_kernels import blockwise, cpu
 from qlora_kernels.levels import Kind
 from qlora_kernels.quantized import QuantizedTensor
+from qlora_kernels.way import way_of
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -36,12 +36,13 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype, *, out: Tensor | None = N
         raise ValueError(f"cannot dequantize to {dtype}: choose float32, float16, bfloat16 or float64")
     if out is not None:
         _check_fits(out, q, dtype)
-    if q.codes.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
+    way = way_of(q.codes)
+    if way == "triton":
         # Imported here because Triton exists on Linux only and takes 0.4 s, which a run on a CPU need not pay.
         from qlora_kernels.dequantize_triton import dequantize_triton  # noqa: PLC0415
 
         return dequantize_triton(q, dtype, out=out)
-    if cpu.path() != "torch" and cpu.dequantizes(q, dtype):
+    if way == "c" and cpu.dequantizes(q, dtype):
         return cpu.dequantize(q, dtype, out=out)
     return blockwise.dequantize_reference(q, dtype, out=out)
 
