@@ -12,6 +12,7 @@ from qlora_formats.loading import Load
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
+Recompute = Literal["auto", "all", "none"]
 # What every generator involved takes.
 _SEEDS = 2**32 - 1
 
@@ -79,6 +80,9 @@ class FinetuneConfig:
     save_every: int = setting(100, "Steps between checkpoints; 0 saves at the end and on a signal only.", at_least=0)
     dtype: DType = setting("auto", "Compute in this type: auto is bfloat16 on a GPU that has it, float32 on a CPU.")
     device: Device = setting("auto", "Where to compute: auto is the GPU if there is one.")
+    recompute: Recompute = setting(
+        "auto", "Compute these blocks again in backward, which saves memory: all, none, or as many as must be (auto)."
+    )
     threads: int = setting(
         0, "CPU threads; 0 leaves torch's own choice. The last bits of a run depend on it.", at_least=0
     )

@@ -1,6 +1,9 @@
-"""A frozen linear layer, in 4 bits or dense, with a LoRA adapter beside it, as one autograd function.
+"""Frozen linear layers, in 4 bits or dense, with LoRA adapters beside them, as one autograd function.
 
-Shapes: x [..., in], weight [out, in], lora_a (A) [r, in], lora_b (B) [out, r]; T is the product of x's leading sizes.
+Layers that share an input are one group: its adapters' A are one product, and its dropout is one mask.
+
+Shapes: x [..., in], weight [out, in], lora_a (A) [r, in], lora_b (B) [out, r]; T is the product of x's leading sizes,
+R the sum of the group's ranks.
 
     y = x W^T + bias + scale / (1 - dropout) * ((mask * x) A^T) B^T
 
@@ -15,7 +18,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_kernels.dispatch import dequantize
+from qlora_kernels.product_type import product_type
 from qlora_kernels.quantized import QuantizedTensor
+from qlora_kernels.scratch import Scratch
+
+
+class Layer(NamedTuple):
+    """One layer of a group: what is frozen, and the adapter's two matrices or neither."""
+
+    weight: Tensor | QuantizedTensor
+    bias: Tensor | None = None
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+    scale: float = 1.0
 
 
 def lora_linear(
@@ -28,46 +43,64 @@ def lora_linear(
     scale: float = 1.0,
     dropout: float = 0.0,
     seed: int | None = None,
+    scratch: Scratch | None = None,
 ) -> Tensor:
-    """Apply the layer to x [..., in]; returns [..., out] in x's dtype.
+    """Apply one layer to x [..., in]; returns [..., out] in x's dtype. As `lora_linears` of that layer alone."""
+    layer = Layer(weight, bias, lora_a, lora_b, scale)
+    return lora_linears(x, [layer], dropout=dropout, seed=seed, scratch=scratch)[0]
 
-    Weight and bias are frozen and get no gradient. Of a forward pass only x, x A^T and `seed` are kept (and a
-    reference to the packed weight): the dense weight lives during one product in forward and one in backward.
-    Products run in x's dtype, whatever the dtype of A and B, whose gradients come back in their own.
 
-    Dropout acts on the adapter's input alone: with `dropout` > 0, an element is kept where the 31 random bits that
+def lora_linears(
+    x: Tensor,
+    layers: Sequence[Layer],
+    *,
+    dropout: float = 0.0,
+    seed: int | None = None,
+    scratch: Scratch | None = None,
+) -> tuple[Tensor, ...]:
+    """Apply every layer to x [..., in]; returns one [..., out] each, in x's dtype.
+
+    Weights and biases are frozen and get no gradient. Of a forward pass only x, the products x A^T and `seed` are kept
+    (and references to the packed weights): a dense weight lives in `scratch` during one product in forward and one in
+    backward, or as long as the scratch holds it; without a scratch it is new memory each time. Products run in
+    `product_type(x)`, whatever the dtype of A and B, whose gradients come back in their own.
+
+    Dropout acts on the adapters' input alone: with `dropout` > 0, an element is kept where the 31 random bits that
     torch.Generator(x.device).manual_seed(seed) draws for it, read as a fraction, lie below 1 - dropout. They are drawn
-    again in backward. The caller leaves it 0 outside of
-    training, and gives every layer and step another seed.
+    again in backward. The caller leaves it 0 outside of training, and gives every group and step another seed.
 
     Raises ValueError for one half of an adapter, shapes that do not fit, dropout outside [0, 1) or without a seed, and
     a weight or bias that requires a gradient.
     """
-    layer = _Layer(weight, bias, scale, dropout, seed)
-    _check(x, layer, lora_a, lora_b)
-    return _LoraLinear.apply(x, lora_a, lora_b, layer)  # type: ignore[no-any-return, no-untyped-call]
+    group = _Group(tuple(layers), dropout, seed, scratch)
+    for layer in layers:
+        _check(x, layer)
+    _check_dropout(group)
+    pairs = [part for layer in layers for part in (layer.lora_a, layer.lora_b)]
+    return _LoraLinears.apply(x, group, *pairs)  # type: ignore[no-any-return, no-untyped-call]
 
 
-class _Layer(NamedTuple):
+class _Group(NamedTuple):
     """All that needs no gradient."""
 
-    weight: Tensor | QuantizedTensor
-    bias: Tensor | None
-    scale: float
+    layers: tuple[Layer, ...]
     dropout: float
     seed: int | None
+    scratch: Scratch | None
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        if isinstance(self.weight, QuantizedTensor):
-            return dequantize(self.weight, dtype)
-        return self.weight.detach().to(dtype)
+    def dense(self, layer: Layer, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if not isinstance(layer.weight, QuantizedTensor):
+            return layer.weight.detach().to(dtype)
+        if self.scratch is None:
+            return dequantize(layer.weight, dtype)
+        return self.scratch.dense(layer.weight, dtype, device)
 
     @property
     def drops(self) -> bool:
         return self.dropout > 0
 
     def kept(self, shape: Sequence[int], device: torch.device) -> Tensor | None:
-        """Which elements of the adapter's input are kept, bool [T, in]; None for all of them."""
+        """Which elements of the adapters' input are kept, bool [T, in]; None for all of them."""
         if self.seed is None or not self.drops:
             return None
         generator = torch.Generator(device).manual_seed(self.seed)
@@ -75,64 +108,114 @@ class _Layer(NamedTuple):
         bits = torch.empty(shape, dtype=torch.int32, device=device).random_(generator=generator)
         return bits < round((1 - self.dropout) * 2**31)
 
-    @property
-    def adapter_scale(self) -> float:
-        return self.scale / (1 - self.dropout)
+    def scale_of(self, layer: Layer) -> float:
+        return layer.scale / (1 - self.dropout)
 
 
-class _LoraLinear(torch.autograd.Function):
+class _LoraLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, layer: _Layer) -> Tensor:
-        x_TI = x.reshape(-1, x.shape[-1])
-        weight_OI = layer.dense(x.dtype)
-        if layer.bias is None:
-            y_TO = x_TI @ weight_OI.T
-        else:
-            y_TO = torch.addmm(layer.bias.detach().to(x.dtype), x_TI, weight_OI.T)
-        # Frees the dense weight before the adapter's products allocate theirs.
-        del weight_OI
+    def forward(ctx: Any, x: Tensor, group: _Group, *pairs: Tensor | None) -> tuple[Tensor, ...]:
+        dtype = product_type(x)
+        x_TI = x.reshape(-1, x.shape[-1]).to(dtype)
+        adapted = _adapted(pairs)
         xa_TR = None
-        if lora_a is not None and lora_b is not None:
-            xa_TR = _masked(x_TI, layer.kept(x_TI.shape, x.device)) @ lora_a.to(x.dtype).T
-            y_TO.addmm_(xa_TR, lora_b.to(x.dtype).T, alpha=layer.adapter_scale)
-        ctx.save_for_backward(
-            x if ctx.needs_input_grad[1] else None, xa_TR if ctx.needs_input_grad[2] else None, lora_a, lora_b
-        )
+        if adapted:
+            a_RI = torch.cat([a for a, _ in adapted.values()]).to(dtype)
+            xa_TR = _masked(x_TI, group.kept(x_TI.shape, x.device)) @ a_RI.T
+        xa_of = _columns(xa_TR, adapted)
+        results = []
+        for number, layer in enumerate(group.layers):
+            weight_OI = group.dense(layer, dtype, x.device)
+            if layer.bias is None:
+                y_TO = x_TI @ weight_OI.T
+            else:
+                y_TO = torch.addmm(layer.bias.detach().to(dtype), x_TI, weight_OI.T)
+            if number in adapted:
+                y_TO.addmm_(xa_of[number], adapted[number][1].to(dtype).T, alpha=group.scale_of(layer))
+            results.append(y_TO.to(x.dtype).view(*x.shape[:-1], y_TO.shape[-1]))
+            # Without a scratch this frees it before the next one is made.
+            del weight_OI
+        a_needs_grad, b_needs_grad = _wanted(ctx, 0), _wanted(ctx, 1)
+        ctx.save_for_backward(x if a_needs_grad else None, xa_TR if b_needs_grad else None, *pairs)
         # Frozen, and so kept by plain reference: hooks on saved tensors (offloading) have no business with it.
-        ctx.layer = layer
-        return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
+        ctx.group = group
+        ctx.dtype, ctx.shape = dtype, x.shape
+        return tuple(results)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        x, xa_TR, lora_a, lora_b = ctx.saved_tensors
-        layer: _Layer = ctx.layer
-        x_needs_grad, a_needs_grad, b_needs_grad, _ = ctx.needs_input_grad
-        dy_TO = dy.reshape(-1, dy.shape[-1])
-        dx_TI = dy_TO @ layer.dense(dy.dtype) if x_needs_grad else None
-        da_RI = db_OR = None
-        if lora_a is not None:
-            dxa_TR = (dy_TO @ lora_b.to(dy.dtype)).mul_(layer.adapter_scale)
-            if b_needs_grad:
-                db_OR = (dy_TO.T @ xa_TR).to(lora_b.dtype).mul_(layer.adapter_scale)
-            kept_TI = layer.kept((dy_TO.shape[0], lora_a.shape[1]), dy.device)
-            if a_needs_grad:
-                da_RI = (dxa_TR.T @ _masked(x.reshape(-1, x.shape[-1]), kept_TI)).to(lora_a.dtype)
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        x, xa_TR, *pairs = ctx.saved_tensors
+        group: _Group = ctx.group
+        dtype = ctx.dtype
+        adapted = _adapted(pairs)
+        rows = [dy.reshape(-1, dy.shape[-1]).to(dtype) for dy in dys]
+        grads: list[Tensor | None] = [None] * len(pairs)
+
+        dxa_TR = a_RI = None
+        if adapted:
+            xa_of = _columns(xa_TR, adapted)
+            a_RI = torch.cat([a for a, _ in adapted.values()]).to(dtype)
+            dxa_TR = torch.empty(rows[0].shape[0], a_RI.shape[0], dtype=dtype, device=a_RI.device)
+            dxa_of = _columns(dxa_TR, adapted)
+            for number, (_, b) in adapted.items():
+                scale = group.scale_of(group.layers[number])
+                torch.mul(rows[number] @ b.to(dtype), scale, out=dxa_of[number])
+                if ctx.needs_input_grad[2 + 2 * number + 1]:
+                    grads[2 * number + 1] = (rows[number].T @ xa_of[number]).to(b.dtype).mul_(scale)
+
+        dx_TI = None
+        if ctx.needs_input_grad[0]:
+            for layer, dy_TO in zip(group.layers, rows, strict=True):
+                weight_OI = group.dense(layer, dtype, dy_TO.device)
+                dx_TI = dy_TO @ weight_OI if dx_TI is None else dx_TI.addmm_(dy_TO, weight_OI)
+        if dxa_TR is not None and a_RI is not None:
+            kept_TI = group.kept((dxa_TR.shape[0], a_RI.shape[1]), a_RI.device)
+            if _wanted(ctx, 0):
+                da_RI = dxa_TR.T @ _masked(x.reshape(-1, x.shape[-1]).to(dtype), kept_TI)
+                for number, da in _pieces(da_RI, adapted).items():
+                    if ctx.needs_input_grad[2 + 2 * number]:
+                        grads[2 * number] = da.to(adapted[number][0].dtype)
             if dx_TI is not None and kept_TI is not None:
-                dx_TI += _masked(dxa_TR @ lora_a.to(dy.dtype), kept_TI)
+                dx_TI += _masked(dxa_TR @ a_RI, kept_TI)
             elif dx_TI is not None:
-                dx_TI.addmm_(dxa_TR, lora_a.to(dy.dtype))
-        dx = None if dx_TI is None else dx_TI.view(*dy.shape[:-1], dx_TI.shape[-1])
-        return dx, da_RI, db_OR, None
+                dx_TI.addmm_(dxa_TR, a_RI)
+        dx = None if dx_TI is None else dx_TI.to(dys[0].dtype).view(ctx.shape)
+        return dx, None, *grads
+
+
+def _adapted(pairs: Sequence[Tensor | None]) -> dict[int, tuple[Tensor, Tensor]]:
+    """A and B of the layers that have them, by the layer's number."""
+    found = zip(pairs[::2], pairs[1::2], strict=True)
+    return {number: (a, b) for number, (a, b) in enumerate(found) if a is not None and b is not None}
+
+
+def _columns(joint_TR: Tensor | None, adapted: dict[int, tuple[Tensor, Tensor]]) -> dict[int, Tensor]:
+    """Each layer's own columns of a product with the concatenated A."""
+    if joint_TR is None:
+        return {}
+    parts = torch.split(joint_TR, [a.shape[0] for a, _ in adapted.values()], dim=1)
+    return dict(zip(adapted, parts, strict=True))
+
+
+def _pieces(joint_RI: Tensor, adapted: dict[int, tuple[Tensor, Tensor]]) -> dict[int, Tensor]:
+    """Each layer's own rows of the concatenated A's gradient."""
+    parts = torch.split(joint_RI, [a.shape[0] for a, _ in adapted.values()])
+    return dict(zip(adapted, parts, strict=True))
+
+
+def _wanted(ctx: Any, which: int) -> bool:
+    """Whether a gradient of any A (0) or any B (1) is wanted."""
+    return any(ctx.needs_input_grad[2 + which :: 2])
 
 
 def _masked(x: Tensor, kept: Tensor | None) -> Tensor:
-    """x with the dropped elements zeroed; the others unchanged, as `adapter_scale` makes up for them."""
+    """x with the dropped elements zeroed; the others unchanged, as the adapters' scale makes up for them."""
     return x if kept is None else x * kept
 
 
-def _check(x: Tensor, layer: _Layer, lora_a: Tensor | None, lora_b: Tensor | None) -> None:
-    weight, bias = layer.weight, layer.bias
+def _check(x: Tensor, layer: Layer) -> None:
+    weight, bias, lora_a, lora_b, _ = layer
     if (isinstance(weight, Tensor) and weight.requires_grad) or (bias is not None and bias.requires_grad):
         raise ValueError("the base of a LoRA layer is frozen: call requires_grad_(False) on its weight and bias")
     outputs, inputs = weight.shape
@@ -147,7 +230,10 @@ def _check(x: Tensor, layer: _Layer, lora_a: Tensor | None, lora_b: Tensor | Non
                 f"an adapter of shapes {list(lora_a.shape)} and {list(lora_b.shape)} does not fit a weight of shape"
                 f" {[outputs, inputs]}: [rank, {inputs}] and [{outputs}, rank] do"
             )
-    if not 0 <= layer.dropout < 1:
-        raise ValueError(f"dropout must be at least 0 and below 1, not {layer.dropout}")
-    if layer.drops and layer.seed is None:
+
+
+def _check_dropout(group: _Group) -> None:
+    if not 0 <= group.dropout < 1:
+        raise ValueError(f"dropout must be at least 0 and below 1, not {group.dropout}")
+    if group.drops and group.seed is None:
         raise ValueError("dropout needs a seed, to draw the same mask in forward and backward")

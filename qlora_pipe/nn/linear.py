@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from qlora_formats.store import StoredWeight
 from qlora_kernels.levels import recognise
-from qlora_kernels.linear import lora_linear
+from qlora_kernels.linear import Layer, lora_linear, lora_linears
 from qlora_kernels.quantized import QuantizedTensor
+from qlora_kernels.scratch import Scratch
 from qlora_pipe.errors import DataError
 
 _TENSORS = ("codes", "absmax", "levels", "nested_absmax", "nested_levels", "offset")
@@ -49,6 +50,8 @@ class QuantizedLinear(nn.Module):
         self.block_size, self.nested_block_size = weight.block_size, weight.nested_block_size
         self.out_features, self.in_features = weight.shape
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.scratch: Scratch | None = None
+        """Where its dense weight is made; None for new memory each time."""
 
     @property
     def frozen(self) -> QuantizedTensor:
@@ -62,7 +65,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., in] to [..., out]; the dense weight lives for the length of one product."""
-        return lora_linear(x, self.frozen, bias=self.bias)
+        return lora_linear(x, self.frozen, bias=self.bias, scratch=self.scratch)
 
 
 class LoraLinear(nn.Module):
@@ -78,6 +81,8 @@ class LoraLinear(nn.Module):
         device = next(iter([*base.parameters(), *base.buffers()])).device
         self.lora_a = nn.Parameter(torch.empty(rank, base.in_features, device=device))
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        self.seed: int | None = None
+        """The seed of the dropout mask; None draws one from torch's CPU generator in each forward pass."""
 
     def reset(self) -> None:
         """Draw A from torch's CPU generator, so that a seed gives the same adapter on every device."""
@@ -87,20 +92,56 @@ class LoraLinear(nn.Module):
             self.lora_a.copy_(start)
             self.lora_b.zero_()
 
+    @property
+    def layer(self) -> Layer:
+        """The layer as the kernels take it."""
+        base = self.base
+        weight = base.frozen if isinstance(base, QuantizedLinear) else base.weight
+        return Layer(weight, base.bias, self.lora_a, self.lora_b, self.scale)
+
+    @property
+    def scratch(self) -> Scratch | None:
+        """Where the base's dense weight is made."""
+        return self.base.scratch if isinstance(self.base, QuantizedLinear) else None
+
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., in] to [..., out] through the base and the adapter."""
-        # The seed comes from the generator whose state every checkpoint carries.
-        drops = self.training and self.dropout > 0
-        return lora_linear(
-            x,
-            self.base.frozen if isinstance(self.base, QuantizedLinear) else self.base.weight,
-            bias=self.base.bias,
-            lora_a=self.lora_a,
-            lora_b=self.lora_b,
-            scale=self.scale,
-            dropout=self.dropout if drops else 0.0,
-            seed=int(torch.randint(1 << 62, ())) if drops else None,
-        )
+        return _together(x, [self])[0]
+
+
+def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """Apply linear layers that share their input x [..., in]: one [..., out] each.
+
+    Adapters that drop alike are computed as one, with one dropout mask for their input.
+    """
+    adapted = [layer for layer in layers if isinstance(layer, LoraLinear)]
+    if len(adapted) < len(layers) or len({layer.dropout for layer in adapted}) > 1:
+        return [layer(x) for layer in layers]
+    return list(_together(x, adapted))
+
+
+def _together(x: Tensor, layers: list[LoraLinear]) -> tuple[Tensor, ...]:
+    first = layers[0]
+    drops = first.training and first.dropout > 0
+    seed = first.seed
+    if drops and seed is None:
+        seed = int(torch.randint(1 << 62, ()))
+    return lora_linears(
+        x,
+        [layer.layer for layer in layers],
+        dropout=first.dropout if drops else 0.0,
+        seed=seed if drops else None,
+        scratch=first.scratch,
+    )
+
+
+def share_scratch(model: nn.Module) -> Scratch:
+    """Give all 4-bit layers of a model one place to make their dense weights in."""
+    scratch = Scratch()
+    for part in model.modules():
+        if isinstance(part, QuantizedLinear):
+            part.scratch = scratch
+    return scratch
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:

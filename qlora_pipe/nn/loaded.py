@@ -9,7 +9,7 @@ from torch import nn
 
 from qlora_pipe.architecture import Architecture
 from qlora_pipe.errors import ConfigError, DataError
-from qlora_pipe.generate.decoding import CausalModel
+from qlora_pipe.nn.causal import CausalModel
 
 
 def tie(module: nn.Module, ties: Mapping[str, str]) -> None:
@@ -32,7 +32,7 @@ class LoadedModel:
 
     @property
     def causal(self) -> CausalModel:
-        """The module as what generation and the loss ask of it."""
+        """The module as what training and generation ask of it."""
         return cast(CausalModel, self.module)
 
     def require_ids(self, ids: Iterable[int]) -> None:

@@ -17,6 +17,7 @@ from qlora_pipe.data.batches import Batch, batch_at, eval_batches
 from qlora_pipe.data.encode import Sample
 from qlora_pipe.errors import NonFiniteError
 from qlora_pipe.nn.loaded import LoadedModel
+from qlora_pipe.train.blockwise import BlockwisePass
 from qlora_pipe.train.guard import WINDOW, check_skipped
 from qlora_pipe.train.loss import gradient_norm, summed_loss
 from qlora_pipe.train.state import TrainingState
@@ -31,6 +32,7 @@ class Job:
     config: FinetuneConfig
     train: Sequence[Sample]
     held_out: Sequence[Sample]
+    passes: BlockwisePass
     check_stop: Callable[[], None]
     """Raises where the loop may stop: the state can be saved there."""
     report: Callable[[dict[str, Any]], None]
@@ -120,9 +122,8 @@ def _step(job: Job) -> dict[str, Any]:
 def _forward_and_backward(job: Job, batch: Batch, *, trained: int) -> None:
     # Dividing by the whole window's trained tokens gives every token the same weight, however the window is split.
     progress = job.state.progress
-    loss = summed_loss(job.model, batch) / trained
-    (loss * job.state.scale.value).backward()  # type: ignore[no-untyped-call]
-    progress.loss_sum += float(loss.detach())
+    (loss,) = job.passes.run([batch], divisor=trained, loss_scale=job.state.scale.value)
+    progress.loss_sum += float(loss)
     progress.position += job.config.batch_size
     progress.micro_step += 1
 

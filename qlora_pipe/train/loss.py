@@ -14,13 +14,18 @@ _ROWS = 1024
 
 
 def summed_loss(model: LoadedModel, batch: Batch) -> Tensor:
-    """Sum the cross-entropy over a batch's labels, in float32: a scalar.
+    """Sum the cross-entropy over a batch's labels, in float32: a scalar."""
+    return loss_of_hidden(model, model.causal.hidden(batch.ids.to(model.device)), batch)
+
+
+def loss_of_hidden(model: LoadedModel, hidden: Tensor, batch: Batch) -> Tensor:
+    """The same from the hidden states [B, T, D] that the head reads.
 
     Only the rows that are trained on reach the head: the prompt's and the padding's logits are never made.
     """
-    ids, labels_BT = batch.ids.to(model.device), batch.labels.to(model.device)
+    labels_BT = batch.labels.to(model.device)
     trained_BT = labels_BT != IGNORE
-    hidden_ND, labels_N = model.causal.hidden(ids)[trained_BT], labels_BT[trained_BT]
+    hidden_ND, labels_N = hidden[trained_BT], labels_BT[trained_BT]
     parts = [
         functional.cross_entropy(model.causal.head(rows).float(), labels, reduction="sum")
         for rows, labels in zip(torch.split(hidden_ND, _ROWS), torch.split(labels_N, _ROWS), strict=True)

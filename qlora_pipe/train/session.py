@@ -19,9 +19,11 @@ from qlora_pipe.config import FinetuneConfig
 from qlora_pipe.data.encode import Sample
 from qlora_pipe.nn.adapt import adaptable, adapters_of, add_adapters, attach_adapter, describe_adapter
 from qlora_pipe.nn.loaded import LoadedModel
+from qlora_pipe.train.blockwise import BlockwisePass
 from qlora_pipe.train.checkpoint import restore_newest, save
 from qlora_pipe.train.environment import fingerprint
 from qlora_pipe.train.loop import Job, train
+from qlora_pipe.train.recompute import RecomputePlan
 from qlora_pipe.train.scaler import LossScale
 from qlora_pipe.train.signals import StopFlag, StopRequested
 from qlora_pipe.train.state import TrainingState
@@ -111,6 +113,7 @@ class Session:
                 model=self.model,
                 state=self.state,
                 config=self.config,
+                passes=BlockwisePass(self.model, recompute=RecomputePlan(self.config.recompute)),
                 train=self.train,
                 held_out=self.held_out,
                 check_stop=self.stop.check,

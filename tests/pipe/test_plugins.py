@@ -120,8 +120,8 @@ def test_the_documented_architecture_goes_through_the_whole_chain(tmp_path: Path
     manager, size, layers = load_plugins(example("qlora_toy")), 32, 2
     source = tmp_path / "source"
     torch.manual_seed(0)
-    shapes = {"embed.weight": (260, size), "lm_head.weight": (260, size)}
-    shapes |= {f"blocks.{layer}.weight": (size, size) for layer in range(layers)}
+    shapes = {"embed_tokens.weight": (260, size), "lm_head.weight": (260, size)}
+    shapes |= {f"layers.{layer}.mix.weight": (size, size) for layer in range(layers)}
     weights = {name: torch.randn(shape) * 0.1 for name, shape in shapes.items()}
     source.mkdir()
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})

@@ -3,17 +3,19 @@
 Shapes: B sequences of T tokens, D components of the hidden state, H heads of which each KV group shares its keys.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Any, NamedTuple, Self, cast
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 from qlora_pipe.nn.attention import causal_attention
 from qlora_pipe.nn.cache import KVCache
+from qlora_pipe.nn.causal import CausalModel
 from qlora_pipe.nn.fields import Fields
+from qlora_pipe.nn.linear import project
 from qlora_pipe.nn.norm import RMSNorm
 from qlora_pipe.nn.rotary import Rotary, rotary_from, rotate
 
@@ -80,6 +82,14 @@ class LlamaConfig:
         )
 
 
+class Told(NamedTuple):
+    """What every block is told besides the state."""
+
+    cosines: Tensor
+    sines: Tensor
+    cache: KVCache | None
+
+
 class Attention(nn.Module):
     """Causal self-attention with rotary positions; KV heads may be fewer than heads."""
 
@@ -92,16 +102,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden, kv_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(q_size, config.hidden, bias=config.attention_bias)
 
-    def forward(self, x: Tensor, cosines: Tensor, sines: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, told: Told) -> Tensor:
         """[B, T, D] -> [B, T, D]; with a cache, attention reaches the tokens it holds too."""
         # [B, T, H * head_dim] -> [B, H, T, head_dim]
         q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projected.view(*projected.shape[:-1], -1, self.head_dim).transpose(1, 2)
+            for projected in project(x, self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(q, cosines, sines), rotate(k, cosines, sines)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)
+        q, k = rotate(q, told.cosines, told.sines), rotate(k, told.cosines, told.sines)
+        if told.cache is not None:
+            k, v = told.cache.update(self.layer, k, v)
         mixed: Tensor = self.o_proj(causal_attention(q, k, v))
         return mixed
 
@@ -118,7 +128,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        gated: Tensor = self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        gated: Tensor = self.down_proj(self.activation(gate) * up)
         return gated
 
 
@@ -132,37 +143,24 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden, eps=config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cosines: Tensor, sines: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, told: Told) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        x = x + self.self_attn(self.input_layernorm(x), cosines, sines, cache)
+        x = x + self.self_attn(self.input_layernorm(x), told)
         attended: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return attended
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and the final norm."""
+    """Embedding, blocks and the final norm, as checkpoints name them."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocabulary, config.hidden)
         self.layers = nn.ModuleList(Layer(config, layer=layer) for layer in range(config.layers))
         self.norm = RMSNorm(config.hidden, eps=config.norm_eps)
-        self.rotary = config.rotary
-
-    def forward(self, ids: Tensor, cache: KVCache | None) -> Tensor:
-        """Ids [B, T] -> [B, T, D]; a cache's tokens come before them, and they are added to it."""
-        start = 0 if cache is None else cache.length
-        x: Tensor = self.embed_tokens(ids)
-        cosines, sines = self.rotary.tables(start, start + ids.shape[1], like=x)
-        for layer in self.layers:
-            x = layer(x, cosines, sines, cache)
-        if cache is not None:
-            cache.advance(ids.shape[1])
-        normed: Tensor = self.norm(x)
-        return normed
 
 
-class Llama(nn.Module):
+class Llama(CausalModel):
     """A causal language model. A tied head is tied by whoever fills the parameters, as `ties` says."""
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -176,23 +174,27 @@ class Llama(nn.Module):
         """The longest sequence, in tokens, that the config vouches for."""
         return self.config.rotary.context
 
-    def hidden(self, ids: Tensor, *, cache: KVCache | None = None) -> Tensor:
-        """Ids [B, T] -> the last hidden states [B, T, D], after the final norm.
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The layers."""
+        return cast(Sequence[nn.Module], self.model.layers)
 
-        Padding goes to the right, where attention never looks. With a cache, `ids` go on from what it holds, and are
-        added to it.
-        """
-        states: Tensor = self.model(ids, cache)
-        return states
+    def embed(self, ids: Tensor, *, cache: KVCache | None = None) -> tuple[Tensor, Told]:
+        """Ids [B, T] -> [B, T, D]; a cache's tokens come before them."""
+        start = 0 if cache is None else cache.length
+        state: Tensor = self.model.embed_tokens(ids)
+        cosines, sines = self.config.rotary.tables(start, start + ids.shape[1], like=state)
+        return state, Told(cosines, sines, cache)
+
+    def finish(self, state: Tensor) -> Tensor:
+        """The last norm."""
+        hidden: Tensor = self.model.norm(state)
+        return hidden
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] -> logits [..., vocabulary]."""
         logits: Tensor = self.lm_head(hidden)
         return logits
-
-    def forward(self, ids: Tensor, *, cache: KVCache | None = None) -> Tensor:
-        """Ids [B, T] -> logits [B, T, vocabulary]."""
-        return self.head(self.hidden(ids, cache=cache))
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """Make an empty cache for `batch` sequences of up to `capacity` tokens, in the model's type, on its device."""
