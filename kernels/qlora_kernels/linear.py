@@ -169,6 +169,7 @@ class _LoraLinears(torch.autograd.Function):
             for layer, dy_TO in zip(group.layers, rows, strict=True):
                 weight_OI = group.dense(layer, dtype, dy_TO.device)
                 dx_TI = dy_TO @ weight_OI if dx_TI is None else dx_TI.addmm_(dy_TO, weight_OI)
+                del weight_OI
         if dxa_TR is not None and a_RI is not None:
             kept_TI = group.kept((dxa_TR.shape[0], a_RI.shape[1]), a_RI.device)
             if _wanted(ctx, 0):
