@@ -83,6 +83,7 @@ class FinetuneConfig:
     recompute: Recompute = setting(
         "auto", "Compute these blocks again in backward, which saves memory: all, none, or as many as must be (auto)."
     )
+    offload: bool = setting(False, "Keep the inputs of blocks that are computed again in the host's memory.")
     threads: int = setting(
         0, "CPU threads; 0 leaves torch's own choice. The last bits of a run depend on it.", at_least=0
     )

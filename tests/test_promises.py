@@ -31,7 +31,7 @@ FOLDERS = {
 # Inside qlora_pipe, from the ground up: a module imports from its own row and those above it in this list.
 STOREYS = (
     {"errors", "config", "settings", "architecture", "dataset", "exporter"},
-    {"hookspecs"},
+    {"hookspecs", "lanes"},
     {"plugins"},
     {"hub", "model", "artifacts", "confined", "precision", "model_card", "nn", "data", "generate"},
     {"train"},

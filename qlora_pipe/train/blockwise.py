@@ -19,6 +19,7 @@ from qlora_pipe.nn.linear import LoraLinear, share_scratch
 from qlora_pipe.nn.loaded import LoadedModel
 from qlora_pipe.train.loss import loss_of_hidden
 from qlora_pipe.train.recompute import RecomputePlan
+from qlora_pipe.train.shelf import Shelf, Shelved
 
 _SEEDS = 2**62
 
@@ -26,15 +27,19 @@ _SEEDS = 2**62
 class _Visit(NamedTuple):
     """What is kept of a batch's way through a block: its input and, unless it is computed again, its output."""
 
-    before: Tensor
+    before: Tensor | Shelved
     after: Tensor | None
 
 
 class BlockwisePass:
-    """Runs batches forward and backward through a model, and adds their gradients to the adapters'."""
+    """Runs batches forward and backward through a model, and adds their gradients to the adapters'.
 
-    def __init__(self, model: LoadedModel, *, recompute: RecomputePlan) -> None:
+    With `offload`, the inputs of blocks that are computed again wait in the host's memory.
+    """
+
+    def __init__(self, model: LoadedModel, *, recompute: RecomputePlan, offload: bool = False) -> None:
         self._model = model
+        self._shelf = Shelf(model.device) if offload else None
         self._recompute = recompute
         self._blocks = list(model.causal.blocks)
         self._scratch = share_scratch(model.module)
@@ -67,8 +72,11 @@ class BlockwisePass:
             loss, states[each] = self._loss(states[each], batch, divisor=divisor, loss_scale=loss_scale)
             losses.append(loss)
         for number in reversed(range(len(self._blocks))):
+            visits = kept.pop()
+            self._fetch(visits)
+            self._fetch(kept[-1] if kept else [])
             with self._scratch.hold():
-                for each, visit in enumerate(kept.pop()):
+                for each, visit in enumerate(visits):
                     states[each] = self._backward(number, visit, states[each], told[each], seeds[each])
         return losses
 
@@ -76,11 +84,19 @@ class BlockwisePass:
         with self._seeded(number, seed):
             if not keep:
                 with torch.no_grad():
-                    return _Visit(state, None), self._blocks[number](state, told)
+                    after: Tensor = self._blocks[number](state, told)
+                return _Visit(state if self._shelf is None else self._shelf.put(state), None), after
             # Nothing before the first block is trained.
             before = state.detach().requires_grad_(number > 0)
-            after: Tensor = self._blocks[number](before, told)
+            after = self._blocks[number](before, told)
             return _Visit(before, after), after.detach()
+
+    def _fetch(self, visits: Sequence[_Visit]) -> None:
+        """Begin to bring back what was set aside."""
+        for before, _ in visits:
+            if isinstance(before, Shelved):
+                assert self._shelf is not None
+                self._shelf.fetch(before)
 
     def _loss(self, state: Tensor, batch: Batch, *, divisor: float, loss_scale: float) -> tuple[Tensor, Tensor]:
         """A batch's loss, and the gradient of the state after the last block."""
@@ -93,6 +109,9 @@ class BlockwisePass:
     def _backward(self, number: int, visit: _Visit, gradient: Tensor, told: Any, seed: int) -> Tensor:
         """Give the gradient of the block's input; before the first block it is what came, and no longer of use."""
         before, after = visit
+        if isinstance(before, Shelved):
+            assert self._shelf is not None
+            before = self._shelf.take(before)
         if after is None:
             before = before.detach().requires_grad_(number > 0)
             with self._seeded(number, seed):

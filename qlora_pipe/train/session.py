@@ -113,7 +113,9 @@ class Session:
                 model=self.model,
                 state=self.state,
                 config=self.config,
-                passes=BlockwisePass(self.model, recompute=RecomputePlan(self.config.recompute)),
+                passes=BlockwisePass(
+                    self.model, recompute=RecomputePlan(self.config.recompute), offload=self.config.offload
+                ),
                 train=self.train,
                 held_out=self.held_out,
                 check_stop=self.stop.check,

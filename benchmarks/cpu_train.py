@@ -1,0 +1,153 @@
+"""A QLoRA training step on a CPU against transformers + peft + bitsandbytes, and against its matrix products alone.
+
+    python benchmarks/cpu_train.py [--rounds 5] [--curve 50] [--cells float32:native:all ...]
+
+A LLaMA of 110M parameters, NF4 with double quantization, rank 16 on all linear layers, 4 x 256 tokens a step, no
+recomputation on either side. Each side runs in a process of its own and does a step when it is its turn, so that a busy
+moment meets all. A cell is dtype:instructions:threads; `avx2` holds every library to AVX2, as on the processors where
+bfloat16 has no instructions of its own. Writes results/cpu_train.json.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from report import publish
+
+WORKER = Path(__file__).with_name("cpu_train_worker.py")
+SIDES = ("ours", "peer", "matmuls")
+# What holds torch, its matrix libraries and our own C to the instructions of an older processor.
+AVX2 = {
+    "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "QLORA_PIPE_CPU": "avx2",
+}  # fmt: skip
+
+
+class Cell(NamedTuple):
+    """One row of the table."""
+
+    dtype: str
+    instructions: str
+    threads: int
+    batch: int = 4
+    tokens: int = 256
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        dtype, instructions, threads = text.split(":")
+        cell = cls(dtype, instructions, (os.cpu_count() or 1) if threads == "all" else int(threads))
+        # The peer's bfloat16 gives four tokens a second there: a smaller step, for both.
+        return cell._replace(batch=1, tokens=128) if (dtype, instructions) == ("bfloat16", "avx2") else cell
+
+
+class Side:
+    """One process that does a step when asked."""
+
+    def __init__(self, role: str, work: Path, cell: Cell) -> None:
+        self.process = subprocess.Popen(
+            command(role, work, cell), env=environment(cell), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        if self._line() != "ready":
+            sys.exit(f"{role} did not start")
+
+    def step(self, number: int) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{number}\n")
+        self.process.stdin.flush()
+        found: dict[str, Any] = json.loads(self._line())
+        return found
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+
+def command(role: str, work: Path, cell: Cell) -> list[str]:
+    return [
+        sys.executable,
+        str(WORKER),
+        role,
+        str(work),
+        cell.dtype,
+        *map(str, (cell.threads, cell.batch, cell.tokens)),
+    ]
+
+
+def environment(cell: Cell) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": str(cell.threads)} | (AVX2 if cell.instructions == "avx2" else {})
+
+
+def measure(cell: Cell, work: Path, *, rounds: int, curve: int) -> dict[str, object]:
+    """Time the sides in turn; then let ours and the peer go on to the curve's end."""
+    sides = {role: Side(role, work, cell) for role in SIDES}
+    steps: dict[str, list[dict[str, Any]]] = {role: [] for role in SIDES}
+    for number in range(rounds + 1):
+        for role, side in sides.items():
+            steps[role].append(side.step(number))
+    sides.pop("matmuls").close()
+    for number in range(rounds + 1, curve):
+        for role, side in sides.items():
+            steps[role].append(side.step(number))
+    for side in sides.values():
+        side.close()
+    # The first round is the warm-up.
+    seconds = {role: statistics.median(step["seconds"] for step in steps[role][1 : rounds + 1]) for role in SIDES}
+    cpu = {role: statistics.median(step["cpu_seconds"] for step in steps[role][1 : rounds + 1]) for role in SIDES}
+    losses = {role: [round(step["loss"], 5) for step in steps[role]] for role in ("ours", "peer")}
+    tokens = cell.batch * cell.tokens
+    print(f"{cell}: ours {losses['ours'][0]} -> {losses['ours'][-1]}, peer {losses['peer'][0]} -> {losses['peer'][-1]}")
+    return {
+        "dtype": cell.dtype,
+        "instructions": cell.instructions,
+        "threads": cell.threads,
+        "tokens a step": tokens,
+        "ours tok/s": tokens / seconds["ours"],
+        "peer tok/s": tokens / seconds["peer"],
+        "times the peer": seconds["peer"] / seconds["ours"],
+        "matmuls tok/s": tokens / seconds["matmuls"],
+        "of the matmuls": seconds["matmuls"] / seconds["ours"],
+        "ours CPU s": cpu["ours"],
+        "peer CPU s": cpu["peer"],
+        "ours MiB": steps["ours"][rounds]["peak_rss_mib"],
+        "peer MiB": steps["peer"][rounds]["peak_rss_mib"],
+        "step 1 differs by": abs(steps["ours"][0]["loss"] - steps["peer"][0]["loss"]),
+        "last differs by": abs(steps["ours"][-1]["loss"] - steps["peer"][-1]["loss"]),
+        "curves": losses,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--curve", type=int, default=50)
+    cells = [
+        f"{dtype}:{isa}:{n}" for isa in ("native", "avx2") for dtype in ("float32", "bfloat16") for n in ("all", 1)
+    ]
+    parser.add_argument("--cells", nargs="+", default=cells)
+    options = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        subprocess.run(command("prepare", work, Cell("float32", "native", 1)), check=True)
+        for text in options.cells:
+            cell = Cell.parse(text)
+            # The slow cells' curves are short.
+            slow = cell.instructions == "avx2" and cell.dtype == "bfloat16"
+            rounds, curve = (2, 3) if slow else (options.rounds, options.curve)
+            rows.append(measure(cell, work, rounds=rounds, curve=curve))
+            publish("cpu_train", rows=rows, peers=("transformers", "peft", "bitsandbytes"))
+
+
+if __name__ == "__main__":
+    main()
