@@ -17,7 +17,7 @@ from qlora_pipe.data.batches import Batch
 from qlora_pipe.errors import ConfigError
 from qlora_pipe.nn.linear import LoraLinear, share_scratch
 from qlora_pipe.nn.loaded import LoadedModel
-from qlora_pipe.train.loss import loss_of_hidden
+from qlora_pipe.train.loss import loss_of_hidden, sent
 from qlora_pipe.train.recompute import RecomputePlan
 from qlora_pipe.train.shelf import Shelf, Shelved
 
@@ -46,6 +46,11 @@ class BlockwisePass:
         self._adapters = [[part for part in block.modules() if isinstance(part, LoraLinear)] for block in self._blocks]
         self._require_all_reached()
 
+    @property
+    def whole_windows(self) -> bool:
+        """Whether to run all batches of a window at once: where bringing a block's weights in is what takes time."""
+        return False
+
     def run(self, batches: Sequence[Batch], *, divisor: float, loss_scale: float = 1.0) -> list[Tensor]:
         """The summed loss of each batch over `divisor`, float32 scalars; gradients are those of `loss_scale` times it.
 
@@ -56,7 +61,7 @@ class BlockwisePass:
         # One draw for a batch: the masks do not depend on how often, or in which order, blocks run.
         seeds = [int(torch.randint(_SEEDS, ())) if self._drops else 0 for _ in batches]
         with torch.no_grad():
-            begun = [model.embed(batch.ids.to(device, non_blocking=True)) for batch in batches]
+            begun = [model.embed(sent(batch.ids, device)) for batch in batches]
         states, told = [state for state, _ in begun], [told for _, told in begun]
         kept: list[list[_Visit]] = []
         keeps = self._recompute.choose(self._blocks, states, told)

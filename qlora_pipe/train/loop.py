@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qlora_pipe.config import FinetuneConfig
-from qlora_pipe.data.batches import Batch, batch_at, eval_batches
+from qlora_pipe.data.batches import batch_at, eval_batches
 from qlora_pipe.data.encode import Sample
 from qlora_pipe.errors import NonFiniteError
 from qlora_pipe.nn.loaded import LoadedModel
@@ -93,11 +94,21 @@ def _step(job: Job) -> dict[str, Any]:
     ]
     trained = sum(batch.trained for batch in window)
     job.model.module.train()
-    while progress.micro_step < config.accumulate:
-        job.check_stop()
-        begun = time.monotonic()
-        _forward_and_backward(job, window[progress.micro_step], trained=trained)
-        progress.seconds += time.monotonic() - begun
+    losses: list[Tensor] = []
+    try:
+        while progress.micro_step < config.accumulate:
+            job.check_stop()
+            begun = time.monotonic()
+            count = config.accumulate - progress.micro_step if job.passes.whole_windows else 1
+            now = window[progress.micro_step : progress.micro_step + count]
+            # Dividing by the whole window's trained tokens gives each the same weight, however the window is split.
+            losses += job.passes.run(now, divisor=trained, loss_scale=job.state.scale.value)
+            progress.position += count * config.batch_size
+            progress.micro_step += count
+            progress.seconds += time.monotonic() - begun
+    finally:
+        # Read once there is nothing left to be queued: to read one waits for the device.
+        progress.loss_sum = sum(map(float, losses), start=progress.loss_sum)
     begun = time.monotonic()
     rate = learning_rate(config, progress.step + 1)
     norm = _update(job, rate=rate, origins=[origin for batch in window for origin in batch.origins])
@@ -117,15 +128,6 @@ def _step(job: Job) -> dict[str, Any]:
     progress.tokens += metrics["tokens"]
     progress.micro_step, progress.loss_sum, progress.seconds = 0, 0.0, 0.0
     return metrics
-
-
-def _forward_and_backward(job: Job, batch: Batch, *, trained: int) -> None:
-    # Dividing by the whole window's trained tokens gives every token the same weight, however the window is split.
-    progress = job.state.progress
-    (loss,) = job.passes.run([batch], divisor=trained, loss_scale=job.state.scale.value)
-    progress.loss_sum += float(loss)
-    progress.position += job.config.batch_size
-    progress.micro_step += 1
 
 
 def _update(job: Job, *, rate: float, origins: Sequence[str]) -> float | None:

@@ -15,7 +15,7 @@ _ROWS = 1024
 
 def summed_loss(model: LoadedModel, batch: Batch) -> Tensor:
     """Sum the cross-entropy over a batch's labels, in float32: a scalar."""
-    return loss_of_hidden(model, model.causal.hidden(batch.ids.to(model.device)), batch)
+    return loss_of_hidden(model, model.causal.hidden(sent(batch.ids, model.device)), batch)
 
 
 def loss_of_hidden(model: LoadedModel, hidden: Tensor, batch: Batch) -> Tensor:
@@ -23,14 +23,23 @@ def loss_of_hidden(model: LoadedModel, hidden: Tensor, batch: Batch) -> Tensor:
 
     Only the rows that are trained on reach the head: the prompt's and the padding's logits are never made.
     """
-    labels_BT = batch.labels.to(model.device)
-    trained_BT = labels_BT != IGNORE
-    hidden_ND, labels_N = hidden[trained_BT], labels_BT[trained_BT]
+    # Found on the CPU, where the labels are: a GPU would be waited for to learn how many there are.
+    labels_BT = batch.labels.flatten()
+    rows_N = (labels_BT != IGNORE).nonzero()[:, 0]
+    hidden_ND = hidden.flatten(0, 1).index_select(0, sent(rows_N, model.device))
+    labels_N = sent(labels_BT[rows_N], model.device)
     parts = [
         functional.cross_entropy(model.causal.head(rows).float(), labels, reduction="sum")
         for rows, labels in zip(torch.split(hidden_ND, _ROWS), torch.split(labels_N, _ROWS), strict=True)
     ]
     return torch.stack(parts).sum()
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU's on a device, without waiting for it."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
