@@ -80,7 +80,8 @@ class BlockwisePass:
             visits = kept.pop()
             self._fetch(visits)
             self._fetch(kept[-1] if kept else [])
-            with self._scratch.hold():
+            # So is one that the second forward and dX both use.
+            with self._scratch.hold() if len(batches) > 1 or visits[0].after is None else nullcontext():
                 for each, visit in enumerate(visits):
                     states[each] = self._backward(number, visit, states[each], told[each], seeds[each])
         return losses
