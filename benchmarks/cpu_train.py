@@ -9,7 +9,6 @@ bfloat16 has no instructions of its own. Writes results/cpu_train.json.
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -18,9 +17,18 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+import torch
 from report import publish
+from train_worker import Side, Task
 
-WORKER = Path(__file__).with_name("cpu_train_worker.py")
+from qlora_pipe.cli import execute
+from qlora_pipe.testing import tiny_checkpoint
+
+# LLaMA of 110M parameters, what the figures of the comparison are quoted for.
+SHAPE = {
+    "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16,
+    "num_key_value_heads": 16, "vocab_size": 8192, "max_position_embeddings": 2048,
+}  # fmt: skip
 SIDES = ("ours", "peer", "matmuls")
 # What holds torch, its matrix libraries and our own C to the instructions of an older processor.
 AVX2 = {
@@ -45,43 +53,9 @@ class Cell(NamedTuple):
         # The peer's bfloat16 gives four tokens a second there: a smaller step, for both.
         return cell._replace(batch=1, tokens=128) if (dtype, instructions) == ("bfloat16", "avx2") else cell
 
-
-class Side:
-    """One process that does a step when asked."""
-
-    def __init__(self, role: str, work: Path, cell: Cell) -> None:
-        self.process = subprocess.Popen(
-            command(role, work, cell), env=environment(cell), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        if self._line() != "ready":
-            sys.exit(f"{role} did not start")
-
-    def step(self, number: int) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{number}\n")
-        self.process.stdin.flush()
-        found: dict[str, Any] = json.loads(self._line())
-        return found
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-
-def command(role: str, work: Path, cell: Cell) -> list[str]:
-    return [
-        sys.executable,
-        str(WORKER),
-        role,
-        str(work),
-        cell.dtype,
-        *map(str, (cell.threads, cell.batch, cell.tokens)),
-    ]
+    def task(self, work: Path) -> Task:
+        dtype, device = getattr(torch, self.dtype), torch.device("cpu")
+        return Task(work, dtype, device, self.threads, self.batch, self.tokens, recompute="none")
 
 
 def environment(cell: Cell) -> dict[str, str]:
@@ -90,7 +64,7 @@ def environment(cell: Cell) -> dict[str, str]:
 
 def measure(cell: Cell, work: Path, *, rounds: int, curve: int) -> dict[str, object]:
     """Time the sides in turn; then let ours and the peer go on to the curve's end."""
-    sides = {role: Side(role, work, cell) for role in SIDES}
+    sides = {role: Side(role, cell.task(work), environment=environment(cell)) for role in SIDES}
     steps: dict[str, list[dict[str, Any]]] = {role: [] for role in SIDES}
     for number in range(rounds + 1):
         for role, side in sides.items():
@@ -136,10 +110,13 @@ def main() -> None:
     ]
     parser.add_argument("--cells", nargs="+", default=cells)
     options = parser.parse_args()
-    rows = []
+    rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        subprocess.run(command("prepare", work, Cell("float32", "native", 1)), check=True)
+        tiny_checkpoint(work / "source", **SHAPE)
+        if execute(["quantize", str(work / "source"), str(work / "store")]) != 0:
+            sys.exit("the store could not be made")
+        subprocess.run(Cell("float32", "native", 1).task(work).words("prepare"), check=True)
         for text in options.cells:
             cell = Cell.parse(text)
             # The slow cells' curves are short.
