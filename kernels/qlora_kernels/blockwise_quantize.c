@@ -1,6 +1,7 @@
 /* Quantize ranges of blocks, and then their scales. */
 
 #include "blockwise.h"
+#include "torchs_sum.h"
 
 #include <math.h>
 
@@ -100,52 +101,12 @@ EXPORTED int32_t quantize_blocks(const struct quantization *q, int64_t first, in
     return finite;
 }
 
-/* Running sums of torch's float32 sum, and how many of its levels there are. */
-enum { VECTOR = 8, ROWS = 4, SUM_LEVELS = 4 };
-
-static void add_row(float *sums, const void *values, int64_t start, int64_t n)
-{
-    for (int64_t i = 0; i < n; i++)
-        sums[i] += float_at(values, start + i);
-}
-
-static void move_up(float *from, float *to)
-{
-    for (int i = 0; i < ROWS * VECTOR; i++) {
-        to[i] += from[i];
-        from[i] = 0.0f;
-    }
-}
-
-/* The sum of n values, eight at least, in the order in which torch adds them up with one thread: 32 running sums, moved
-   to a higher level after each 2^power rows of 32, and from there likewise; then the levels, the vectors left over, the
-   four vectors of sums, the values left over, and the eight sums. */
+/* The sum of n values in torch's order. */
 EXPORTED float sum_in_torchs_order(const void *values, int64_t n)
 {
     fenv_t callers;
     enter_standard_arithmetic(&callers);
-    float sums[SUM_LEVELS][ROWS * VECTOR] = {{0}}, total = 0.0f;
-    int64_t vectors = n / VECTOR, rows = vectors / ROWS;
-    int log = 0;
-    while ((int64_t)1 << log < rows)
-        log++;
-    int power = log / SUM_LEVELS > 4 ? log / SUM_LEVELS : 4;
-    for (int64_t row = 1; row <= rows; row++) {
-        add_row(sums[0], values, (row - 1) * ROWS * VECTOR, ROWS * VECTOR);
-        for (int level = 1; level < SUM_LEVELS && row % ((int64_t)1 << level * power) == 0; level++)
-            move_up(sums[level - 1], sums[level]);
-    }
-    for (int level = 1; level < SUM_LEVELS; level++)
-        move_up(sums[level], sums[0]);
-    for (int64_t vector = rows * ROWS; vector < vectors; vector++)
-        add_row(sums[0], values, vector * VECTOR, VECTOR);
-    for (int row = 1; row < ROWS; row++)
-        for (int i = 0; i < VECTOR; i++)
-            sums[0][i] += sums[0][row * VECTOR + i];
-    for (int64_t i = vectors * VECTOR; i < n; i++)
-        total += float_at(values, i);
-    for (int i = 0; i < VECTOR; i++)
-        total += sums[0][i];
+    float total = torchs_sum(values, n);
     fesetenv(&callers);
     return total;
 }
