@@ -1,24 +1,34 @@
-"""4-bit weights on tensors: quantize, dequantize, the linear layer with a LoRA adapter, and LoftQ."""
+"""4-bit weights on tensors: quantize, dequantize, a linear layer with a LoRA adapter, row-wise operations, LoftQ."""
 
 from qlora_kernels.blockwise import BLOCK_SIZES, dequantize_reference
 from qlora_kernels.dispatch import dequantize, quantize, squared_error
+from qlora_kernels.gated import geglu, swiglu
 from qlora_kernels.levels import LEVELS, Kind, recognise
 from qlora_kernels.linear import lora_linear
 from qlora_kernels.loftq import loftq_quantize, low_rank, starting_pair
 from qlora_kernels.quantized import QuantizedTensor
+from qlora_kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_reference
+from qlora_kernels.rotary import rotate, rotate_reference
 
 __all__ = [
     "BLOCK_SIZES",
     "LEVELS",
     "Kind",
     "QuantizedTensor",
+    "add_rms_norm",
     "dequantize",
     "dequantize_reference",
+    "geglu",
     "loftq_quantize",
     "lora_linear",
     "low_rank",
     "quantize",
     "recognise",
+    "rms_norm",
+    "rms_norm_reference",
+    "rotate",
+    "rotate_reference",
     "squared_error",
     "starting_pair",
+    "swiglu",
 ]

@@ -19,7 +19,12 @@ from triton.compiler import ASTSource
 from qlora_kernels.variant import Variant
 
 # The modules that hold kernels; `variants()` of each names the forms it launches.
-MODULES: Final = ("dequantize_triton",)
+MODULES: Final = (
+    "dequantize_triton",
+    "rms_norm_triton",
+    "rotary_triton",
+    "gated_triton",
+)
 # Compute capabilities: A100, and H100 or H200.
 CAPABILITIES: Final = (80, 90)
 _WARP: Final = 32

@@ -2,10 +2,8 @@
 
 #include "blockwise.h"
 
-enum { PORTABLE, AVX2, AVX512 };
-
 /* To be raised with every change to the structures and functions that Python knows. */
-EXPORTED const int32_t interface = 1;
+EXPORTED const int32_t interface = 3;
 
 /* Whether this processor runs a path. */
 EXPORTED int32_t runs_path(int32_t number)

@@ -31,6 +31,8 @@ enum {
 
 enum dtype { FLOAT32, FLOAT16, BFLOAT16 };
 
+enum { PORTABLE, AVX2, AVX512 };
+
 /* Calls a function that is always inlined with dtype as a constant. */
 #define SPECIALISED(function, dtype, ...)                                                                              \
     switch (dtype) {                                                                                                   \

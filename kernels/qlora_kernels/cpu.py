@@ -83,6 +83,11 @@ def path() -> str:
     return wanted
 
 
+def path_number() -> int:
+    """The C library's number of the path taken, which must not be "torch"."""
+    return _PATHS[path()][0]
+
+
 @cache
 def paths() -> tuple[str, ...]:
     """The paths that this processor runs, the fastest first; "torch" runs everywhere."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 # That of the library which the structures below fit.
-INTERFACE: Final = 1
+INTERFACE: Final = 3
 
 
 class Intervals(ctypes.Structure):
@@ -85,7 +85,17 @@ def library() -> ctypes.CDLL | None:
     found.runs_path.argtypes = [ctypes.c_int32]
     found.sum_in_torchs_order.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     found.sum_in_torchs_order.restype = ctypes.c_float
-    for name in ("quantize_blocks", "quantize_scales", "dequantize_blocks", "compare_pieces"):
+    for name in (
+        "quantize_blocks",
+        "quantize_scales",
+        "dequantize_blocks",
+        "compare_pieces",
+        "rms_norm",
+        "rms_norm_backward",
+        "rotary",
+        "gated",
+        "gated_backward",
+    ):
         getattr(found, name).argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
     return found
 
