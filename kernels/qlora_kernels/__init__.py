@@ -2,6 +2,7 @@
 
 from qlora_kernels.blockwise import BLOCK_SIZES, dequantize_reference
 from qlora_kernels.dispatch import dequantize, quantize, squared_error
+from qlora_kernels.frozen_head import head_loss
 from qlora_kernels.gated import geglu, swiglu
 from qlora_kernels.levels import LEVELS, Kind, recognise
 from qlora_kernels.linear import lora_linear
@@ -19,6 +20,7 @@ __all__ = [
     "dequantize",
     "dequantize_reference",
     "geglu",
+    "head_loss",
     "loftq_quantize",
     "lora_linear",
     "low_rank",

@@ -24,6 +24,7 @@ MODULES: Final = (
     "rms_norm_triton",
     "rotary_triton",
     "gated_triton",
+    "frozen_head_triton",
 )
 # Compute capabilities: A100, and H100 or H200.
 CAPABILITIES: Final = (80, 90)

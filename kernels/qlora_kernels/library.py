@@ -95,6 +95,7 @@ def library() -> ctypes.CDLL | None:
         "rotary",
         "gated",
         "gated_backward",
+        "cross_entropy",
     ):
         getattr(found, name).argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
     return found

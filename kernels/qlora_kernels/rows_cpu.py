@@ -1,7 +1,7 @@
 """The row-wise operations of a training step through the C library, for float32 and bfloat16 on a CPU.
 
 Rows are shared out among threads; no result depends on how many there are. Their meanings are in rms_norm.py,
-rotary.py and gated.py. Tensors are contiguous unless said otherwise.
+rotary.py, gated.py and frozen_head.py. Tensors are contiguous unless said otherwise.
 """
 
 import ctypes
@@ -90,6 +90,19 @@ class _GatedBackward(ctypes.Structure):
         ("dgate", ctypes.c_void_p),
         ("dup", ctypes.c_void_p),
         ("activation", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+        ("path", ctypes.c_int32),
+    )
+
+
+class _CrossEntropy(ctypes.Structure):
+    _fields_ = (
+        ("logits", ctypes.c_void_p),
+        ("labels", ctypes.c_void_p),
+        ("losses", ctypes.c_void_p),
+        ("vocabulary", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        ("has_gradient", ctypes.c_int32),
         ("dtype", ctypes.c_int32),
         ("path", ctypes.c_int32),
     )
@@ -219,6 +232,22 @@ def gated_backward(
         path=cpu.path_number(),
     )
     in_shares(call("gated_backward", task), gate.numel(), smallest=_SMALLEST_SHARE // 2)
+
+
+def cross_entropy(logits_RV: Tensor, labels_R: Tensor, losses_R: Tensor, *, scale: float, has_gradient: bool) -> None:
+    """Fill losses, and write the gradient times `scale` over the logits."""
+    rows, vocabulary = logits_RV.shape
+    task = _CrossEntropy(
+        logits=logits_RV.data_ptr(),
+        labels=labels_R.data_ptr(),
+        losses=losses_R.data_ptr(),
+        vocabulary=vocabulary,
+        scale=scale,
+        has_gradient=has_gradient,
+        dtype=DTYPES[logits_RV.dtype],
+        path=cpu.path_number(),
+    )
+    in_shares(call("cross_entropy", task), rows, smallest=_rows(vocabulary))
 
 
 def _rows(width: int) -> int:
