@@ -36,6 +36,11 @@ class CausalModel(nn.Module, abc.ABC):
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] -> logits [..., vocabulary]."""
 
+    @property
+    def head_weight(self) -> Tensor | None:
+        """The matrix [vocabulary, D] where the head is the product with it, frozen; then no logits are ever kept."""
+        return None
+
     def hidden(self, ids: Tensor, *, cache: KVCache | None = None) -> Tensor:
         """Ids [B, T] -> the last hidden states [B, T, D].
 

@@ -135,6 +135,13 @@ def _together(x: Tensor, layers: list[LoraLinear]) -> tuple[Tensor, ...]:
     )
 
 
+def frozen_weight(layer: nn.Module) -> Tensor | None:
+    """The weight [out, in] of a plain linear layer without a bias that is frozen; None for any other."""
+    if type(layer) is nn.Linear and layer.bias is None and not layer.weight.requires_grad:
+        return layer.weight
+    return None
+
+
 def share_scratch(model: nn.Module) -> Scratch:
     """Give all 4-bit layers of a model one place to make their dense weights in."""
     scratch = Scratch()

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from qlora_kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_reference
+
 
 class RMSNorm(nn.Module):
     """Scale each vector to a root mean square of one, then by a weight per component (arXiv 1910.07467).
@@ -17,6 +19,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.float32)
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        """Normalise x; a weight that is frozen goes the fast way."""
+        norm = rms_norm_reference if self.weight.requires_grad else rms_norm
+        return norm(x, self.weight, eps=self.eps)
+
+    def after_adding(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Give x + delta, and the norm of that: a residual connection and the norm behind it, in one pass if frozen."""
+        if self.weight.requires_grad:
+            total = x + delta
+            return total, self(total)
+        return add_rms_norm(x, delta, self.weight, eps=self.eps)

@@ -124,12 +124,6 @@ class Rotary:
         return self._placed[device]
 
 
-def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Turn each pair (i, i + head_dim / 2) of x [..., T, head_dim] by its position's angle."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cosines + torch.cat((-second, first), dim=-1) * sines
-
-
 def rotary_from(config: Fields, *, head_dim: int) -> Rotary:
     """Make the tables that a config.json asks for.
 

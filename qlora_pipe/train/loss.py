@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qlora_kernels.frozen_head import head_loss
 from qlora_pipe.data.batches import IGNORE, Batch
 from qlora_pipe.nn.loaded import LoadedModel
 
-# Rows of logits held at a time: 1,024 rows of a 128k vocabulary are half a GiB in float32.
+# Rows whose logits autograd makes at a time.
 _ROWS = 1024
 
 
@@ -21,13 +22,16 @@ def summed_loss(model: LoadedModel, batch: Batch) -> Tensor:
 def loss_of_hidden(model: LoadedModel, hidden: Tensor, batch: Batch) -> Tensor:
     """The same from the hidden states [B, T, D] that the head reads.
 
-    Only the rows that are trained on reach the head: the prompt's and the padding's logits are never made.
+    Only the rows that are trained on reach the head: the prompt's and the padding's logits are never made. Through a
+    frozen head the gradient comes with the loss; any other, as one that is adapted, is left to autograd.
     """
     # Found on the CPU, where the labels are: a GPU would be waited for to learn how many there are.
     labels_BT = batch.labels.flatten()
     rows_N = (labels_BT != IGNORE).nonzero()[:, 0]
     hidden_ND = hidden.flatten(0, 1).index_select(0, sent(rows_N, model.device))
     labels_N = sent(labels_BT[rows_N], model.device)
+    if (weight := model.causal.head_weight) is not None:
+        return head_loss(hidden_ND, weight, labels_N)
     parts = [
         functional.cross_entropy(model.causal.head(rows).float(), labels, reduction="sum")
         for rows, labels in zip(torch.split(hidden_ND, _ROWS), torch.split(labels_N, _ROWS), strict=True)

@@ -11,19 +11,22 @@ from typing import Any, NamedTuple, Self, cast
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qlora_kernels.gated import geglu, swiglu
+from qlora_kernels.rotary import rotate
 from qlora_pipe.nn.attention import causal_attention
 from qlora_pipe.nn.cache import KVCache
 from qlora_pipe.nn.causal import CausalModel
 from qlora_pipe.nn.fields import Fields
-from qlora_pipe.nn.linear import project
+from qlora_pipe.nn.linear import frozen_weight, project
 from qlora_pipe.nn.norm import RMSNorm
-from qlora_pipe.nn.rotary import Rotary, rotary_from, rotate
+from qlora_pipe.nn.rotary import Rotary, rotary_from
 
-_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
-    "relu": functional.relu,
+# Each of a gate and what it lets through; the projections' outputs are nobody else's, so backward may take their place.
+_ACTIVATIONS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": partial(swiglu, inplace=True),
+    "gelu": partial(geglu, inplace=True),
+    "gelu_pytorch_tanh": partial(geglu, approximate="tanh", inplace=True),
+    "relu": lambda gate, up: functional.relu(gate) * up,
 }
 
 
@@ -109,7 +112,8 @@ class Attention(nn.Module):
             projected.view(*projected.shape[:-1], -1, self.head_dim).transpose(1, 2)
             for projected in project(x, self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(q, told.cosines, told.sines), rotate(k, told.cosines, told.sines)
+        # Nobody else reads what was just projected.
+        q, k = (rotate(part, told.cosines, told.sines, inplace=True) for part in (q, k))
         if told.cache is not None:
             k, v = told.cache.update(self.layer, k, v)
         mixed: Tensor = self.o_proj(causal_attention(q, k, v))
@@ -129,7 +133,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         gate, up = project(x, self.gate_proj, self.up_proj)
-        gated: Tensor = self.down_proj(self.activation(gate) * up)
+        gated: Tensor = self.down_proj(self.activation(gate, up))
         return gated
 
 
@@ -145,9 +149,9 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, told: Told) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        x = x + self.self_attn(self.input_layernorm(x), told)
-        attended: Tensor = x + self.mlp(self.post_attention_layernorm(x))
-        return attended
+        x, normed = self.post_attention_layernorm.after_adding(x, self.self_attn(self.input_layernorm(x), told))
+        after: Tensor = x + self.mlp(normed)
+        return after
 
 
 class Decoder(nn.Module):
@@ -195,6 +199,11 @@ class Llama(CausalModel):
         """Hidden states [..., D] -> logits [..., vocabulary]."""
         logits: Tensor = self.lm_head(hidden)
         return logits
+
+    @property
+    def head_weight(self) -> Tensor | None:
+        """The head's matrix."""
+        return frozen_weight(self.lm_head)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """Make an empty cache for `batch` sequences of up to `capacity` tokens, in the model's type, on its device."""
