@@ -7,8 +7,8 @@ from qlora_kernels.gated import geglu, swiglu
 from qlora_kernels.levels import LEVELS, Kind, recognise
 from qlora_kernels.linear import lora_linear
 from qlora_kernels.loftq import loftq_quantize, low_rank, starting_pair
+from qlora_kernels.norm import add_rms_norm, rms_norm, rms_norm_reference
 from qlora_kernels.quantized import QuantizedTensor
-from qlora_kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_reference
 from qlora_kernels.rotary import rotate, rotate_reference
 
 __all__ = [

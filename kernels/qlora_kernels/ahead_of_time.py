@@ -21,7 +21,7 @@ from qlora_kernels.variant import Variant
 # The modules that hold kernels; `variants()` of each names the forms it launches.
 MODULES: Final = (
     "dequantize_triton",
-    "rms_norm_triton",
+    "norm_triton",
     "rotary_triton",
     "gated_triton",
     "frozen_head_triton",

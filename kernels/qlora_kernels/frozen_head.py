@@ -15,9 +15,8 @@ from torch.autograd.function import once_differentiable
 from qlora_kernels import rows_cpu
 from qlora_kernels.row_way import row_way
 
-# Bytes of one chunk of logits. On a CPU they stay in the caches.
+# Bytes of one chunk of logits. Of smaller ones a CPU's matrix products are slower, whatever stays in the caches.
 CHUNK_BYTES: Final = 32 << 20
-_CHUNK_BYTES_ON_CPU: Final = 4 << 20
 # Bytes of float32 that plain torch works on at a time.
 _STRIP_BYTES: Final = 8 << 20
 
@@ -89,8 +88,7 @@ def forward(
 
 def rows_of_a_chunk(head_VD: Tensor, rows: int) -> int:
     """How many rows of logits are made at a time, of `rows`."""
-    budget = CHUNK_BYTES if head_VD.is_cuda else _CHUNK_BYTES_ON_CPU
-    return max(1, min(rows, budget // (head_VD.shape[0] * head_VD.itemsize)))
+    return max(1, min(rows, CHUNK_BYTES // (head_VD.shape[0] * head_VD.itemsize)))
 
 
 def cross_entropy(logits_RV: Tensor, labels_R: Tensor, losses_R: Tensor, *, scale: float, has_gradient: bool) -> None:

@@ -1,6 +1,6 @@
 """The row-wise operations of a training step through the C library, for float32 and bfloat16 on a CPU.
 
-Rows are shared out among threads; no result depends on how many there are. Their meanings are in rms_norm.py,
+Rows are shared out among threads; no result depends on how many there are. Their meanings are in norm.py,
 rotary.py, gated.py and frozen_head.py. Tensors are contiguous unless said otherwise.
 """
 

@@ -1,11 +1,11 @@
-/* RMSNorm of rows, alone or of a sum that is made in the same pass, and back: see rms_norm.py. */
+/* RMSNorm of rows, alone or of a sum that is made in the same pass, and back: see norm.py. */
 
 #include "rows.h"
 #include "torchs_sum.h"
 
 #include <math.h>
 
-/* The widest row, as rms_norm_cpu.py knows; it lies on the stack once or twice. */
+/* The widest row, as rows_cpu.py knows; it lies on the stack once or twice. */
 enum { WIDEST = 16384, SUM_LANES = 32 };
 
 struct rms_norm {

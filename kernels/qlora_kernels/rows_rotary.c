@@ -20,7 +20,7 @@ struct rotary {
     int32_t path;
 };
 
-/* The widest head, as rotary_cpu.py knows. */
+/* The widest head, as rows_cpu.py knows. */
 enum { WIDEST_HEAD = 512 };
 
 /* Products and sums round to the dtype each, as torch's do. Of the gradient, a component's sine is that of the one it

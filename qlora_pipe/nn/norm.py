@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from qlora_kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_reference
+from qlora_kernels.norm import add_rms_norm, rms_norm, rms_norm_reference
 
 
 class RMSNorm(nn.Module):

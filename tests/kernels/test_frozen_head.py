@@ -31,7 +31,7 @@ def test_losses_and_gradients_of_logits_are_those_of_float64(
 def test_any_chunks_give_the_loss_and_gradient_of_all_logits_at_once(
     chunk_bytes: int, scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(frozen_head, "_CHUNK_BYTES_ON_CPU", chunk_bytes)
+    monkeypatch.setattr(frozen_head, "CHUNK_BYTES", chunk_bytes)
     hidden, head, labels = sample(17, 33, 8, torch.float64)
     hidden.requires_grad_()
     found, wanted = (f(hidden, head, labels, scale=scale) for f in (head_loss, frozen_head.head_loss_reference))
@@ -85,11 +85,11 @@ def test_a_float16_gradient_scaled_inside_does_not_vanish(path: str) -> None:
 @pytest.mark.parametrize("vocabulary", [32_000, 128_256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_more_memory_is_taken_than_for_a_few_chunks(path: str, dtype: torch.dtype, vocabulary: int) -> None:
-    hidden, head, labels = sample(300, vocabulary, 8, dtype)
+    hidden, head, labels = sample(600, vocabulary, 8, dtype)
     hidden.requires_grad_()
     peak = peak_bytes(lambda: head_loss(hidden, head, labels).backward())
-    # All logits would be 38 MB at the least, and ten times that in float32 for the large one.
-    assert 0 < peak <= 32 << 20
+    # All logits of the large one would be 77 MB at the least, and twice that with their float32 copy.
+    assert 0 < peak <= 64 << 20
 
 
 def test_a_gradient_is_handed_out_once() -> None:

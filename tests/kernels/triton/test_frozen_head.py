@@ -16,8 +16,7 @@ def test_losses_and_gradients_of_logits_are_those_of_float64(dtype: torch.dtype,
 
 @pytest.mark.parametrize("scale", [1.0, 0.125])
 def test_chunks_give_the_loss_and_gradient_of_all_logits_at_once(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("CHUNK_BYTES", "_CHUNK_BYTES_ON_CPU"):
-        monkeypatch.setattr(frozen_head, name, 5 * 33 * 4)
+    monkeypatch.setattr(frozen_head, "CHUNK_BYTES", 5 * 33 * 4)
     hidden, head, labels = sample(17, 33, 8, torch.float32, device=DEVICE)
     hidden.requires_grad_()
     with unwritten_is_nan():
@@ -52,7 +51,7 @@ def test_a_head_adds_one_chunk_of_logits(vocabulary: int, monkeypatch: pytest.Mo
     on_gpu = DEVICE.type == "cuda"
     rows, width, dtype = (4096, 1024, torch.bfloat16) if on_gpu else (9, 8, torch.float32)
     chunk = frozen_head.CHUNK_BYTES if on_gpu else 4 * vocabulary * dtype.itemsize
-    monkeypatch.setattr(frozen_head, "_CHUNK_BYTES_ON_CPU", chunk)
+    monkeypatch.setattr(frozen_head, "CHUNK_BYTES", chunk)
     hidden, head, labels = sample(rows, vocabulary, width, dtype, device=DEVICE)
     hidden.requires_grad_()
     added = peak_bytes(lambda: head_loss(hidden, head, labels).backward())

@@ -86,7 +86,7 @@ def forward(x: Tensor, delta: Tensor | None, weight: Tensor, *, eps: float) -> t
     way = row_way(x, weight) if delta is None else row_way(x, delta, weight)
     if way == "triton" and x_TD.shape[1] <= _WIDEST_ON_GPU:
         # Imported here because Triton exists on Linux only and takes 0.4 s, which a run on a CPU need not pay.
-        from qlora_kernels.rms_norm_triton import rms_norm_triton  # noqa: PLC0415
+        from qlora_kernels.norm_triton import rms_norm_triton  # noqa: PLC0415
 
         total_TD, y_TD, roots_T = rms_norm_triton(x_TD, delta_TD, weight.contiguous(), eps=eps)
     elif way == "c" and rows_cpu.norms_as_torch_does(x_TD.shape[1]):
@@ -105,7 +105,7 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, roots_T: Tensor, dtotal: Ten
     way = row_way(x, dy, weight) if dtotal is None else row_way(x, dy, weight, dtotal)
     width = x_TD.shape[1]
     if way == "triton" and width <= _WIDEST_ON_GPU:
-        from qlora_kernels.rms_norm_triton import rms_norm_backward_triton  # noqa: PLC0415
+        from qlora_kernels.norm_triton import rms_norm_backward_triton  # noqa: PLC0415
 
         dx_TD = rms_norm_backward_triton(dy_TD, x_TD, weight.contiguous(), roots_T, dtotal_TD)
     elif way == "c" and width <= rows_cpu.WIDEST_ROW:

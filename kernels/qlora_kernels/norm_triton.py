@@ -1,6 +1,6 @@
 """RMSNorm of rows on a GPU, alone or of a sum made in the same launch, and back: the kernels and their launchers.
 
-The meaning is in rms_norm.py, as is the shape legend. One program holds one row, its components in W places.
+The meaning is in norm.py, as is the shape legend. One program holds one row, its components in W places.
 """
 
 from collections.abc import Iterator

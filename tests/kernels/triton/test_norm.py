@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qlora_kernels import add_rms_norm, rms_norm, rms_norm_reference
-from tests.kernels.rms_norms import assert_gradient_is_exact, sample
+from tests.kernels.norms import assert_gradient_is_exact, sample
 from tests.kernels.rows import DEVICE, GPU_DTYPES, assert_within, rounding, unwritten_is_nan, wide
 
 EPS = 1e-5

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from qlora_kernels import add_rms_norm, cpu, rms_norm, rms_norm_reference, rows_cpu
+from tests.kernels.norms import DTYPES, assert_gradient_is_exact, sample
 from tests.kernels.paths import forced
-from tests.kernels.rms_norms import DTYPES, assert_gradient_is_exact, sample
 from tests.kernels.rows import gradients, normal, unwritten_is_nan
 
 EPS = 1e-5
