@@ -10,6 +10,7 @@ from qlora_kernels.loftq import loftq_quantize, low_rank, starting_pair
 from qlora_kernels.norm import add_rms_norm, rms_norm, rms_norm_reference
 from qlora_kernels.quantized import QuantizedTensor
 from qlora_kernels.rotary import rotate, rotate_reference
+from qlora_kernels.quantized_matmul import quantized_matmul, serves
 
 __all__ = [
     "BLOCK_SIZES",
@@ -25,11 +26,13 @@ __all__ = [
     "lora_linear",
     "low_rank",
     "quantize",
+    "quantized_matmul",
     "recognise",
     "rms_norm",
     "rms_norm_reference",
     "rotate",
     "rotate_reference",
+    "serves",
     "squared_error",
     "starting_pair",
     "swiglu",

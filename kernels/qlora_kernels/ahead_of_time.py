@@ -25,6 +25,7 @@ MODULES: Final = (
     "rotary_triton",
     "gated_triton",
     "frozen_head_triton",
+    "quantized_matmul_triton",
 )
 # Compute capabilities: A100, and H100 or H200.
 CAPABILITIES: Final = (80, 90)

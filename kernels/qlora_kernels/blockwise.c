@@ -3,7 +3,7 @@
 #include "blockwise.h"
 
 /* To be raised with every change to the structures and functions that Python knows. */
-EXPORTED const int32_t interface = 3;
+EXPORTED const int32_t interface = 4;
 
 /* Whether this processor runs a path. */
 EXPORTED int32_t runs_path(int32_t number)
@@ -12,7 +12,7 @@ EXPORTED int32_t runs_path(int32_t number)
     __builtin_cpu_init();
     if (number == AVX2)
         /* Every processor with AVX2 has F16C, which not every compiler can be asked for. */
-        return __builtin_cpu_supports("avx2") != 0;
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (number == AVX512)
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

@@ -6,6 +6,7 @@
 #define BLOCKWISE_H
 
 #include <fenv.h>
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -25,8 +26,15 @@ enum {
     /* Weights whose maxima are found and used before the next are looked at, so that they are still in the first
        cache; and the weights of one piece of a sum. No block that can be quantized is larger. */
     PIECE = 4096,
-    /* Running sums of squares, whatever the vectors' width, so that every path adds in the same order. */
+    /* Running sums, whatever the vectors' width, so that every path adds in the same order. */
     LANES = 16,
+    /* Weights of a row that meet vectors at once: their byte pairs fill the lanes twice. */
+    CHUNK = 2 * LANES,
+    /* Rows that are multiplied together, so that what is read of the vectors serves all of them. */
+    ROWS_AT_ONCE = 4,
+    /* Vectors that a call may bring, and those whose sums are kept in registers together. */
+    MOST_VECTORS = 16,
+    VECTORS_AT_ONCE = 8,
 };
 
 enum dtype { FLOAT32, FLOAT16, BFLOAT16 };
@@ -66,6 +74,37 @@ struct lookups {
     uint32_t codes_of_wide_cell[WIDE_CELLS];
 };
 
+struct dequantization {
+    const uint8_t *codes;
+    const uint8_t *absmax;
+    const uint8_t *levels;
+    /* All three NULL where absmax holds the scales themselves. */
+    const uint8_t *nested_absmax;
+    const uint8_t *nested_levels;
+    const uint8_t *offset;
+    int64_t n_weights;
+    int64_t block_size;
+    int64_t nested_block_size;
+    uint8_t *out;
+    int32_t dtype;
+    int32_t path;
+};
+
+/* ROWS_AT_ONCE rows or fewer of packed weights, one after another, and the vectors that they meet. The length and the
+   steps, of which each has a scale, are multiples of CHUNK. */
+struct rows {
+    const uint8_t *codes;
+    const float *levels;
+    const float *scales;
+    int64_t n;
+    int64_t length;
+    int64_t step;
+    /* CHUNK elements of each vector, then the next of each. Of a chunk first the weights' partners at even places, then
+       those at odd ones, as a byte's first code is got by a shift and its second without. */
+    const float *vectors;
+    int64_t n_vectors;
+};
+
 /* What each instruction set does its own way. Blocks are whole; a vector path takes multiples of 32 as
    block sizes. */
 struct path {
@@ -82,12 +121,17 @@ struct path {
        multiple of LANES. */
     void (*add_squares)(enum dtype dtype, const uint8_t *weight, const float *approximation, int64_t n, double *errors,
                         double *sizes);
+    /* Products of rows and vectors in LANES running sums each, by fused multiply-add: sums [row][vector]. NULL for the
+       portable path, which is not so picky about the rows. */
+    void (*multiply)(const struct rows *rows, float *sums);
 };
 
 extern const struct path portable_path;
 #if defined(__x86_64__)
 extern const struct path avx2_path;
 extern const struct path avx512_path;
+void avx2_multiply(const struct rows *rows, float *sums);
+void avx512_multiply(const struct rows *rows, float *sums);
 #endif
 
 /* That of a number that `runs_path` has agreed to. */
@@ -101,10 +145,22 @@ void portable_encode_rest(enum dtype dtype, const uint8_t *weight, int64_t n, fl
                           const struct intervals *intervals, uint8_t *codes);
 void portable_decode_rest(enum dtype dtype, const uint8_t *codes, int64_t n, float scale, const float *levels,
                           uint8_t *out);
+/* Element `index` of out; a NaN carries no payload. */
+void portable_store(enum dtype dtype, float value, uint8_t *out, int64_t index);
+
+/* The scales of blocks first to stop, and the levels; no NaN among them carries a payload. */
+void find_scales(const struct dequantization *q, int64_t first, int64_t stop, float *scales);
+void find_levels(const struct dequantization *q, float *levels);
 
 ALWAYS_INLINE int64_t smaller(int64_t a, int64_t b)
 {
     return a < b ? a : b;
+}
+
+/* A NaN without the payload, which rounding to 16 bits could carry over into a number. */
+ALWAYS_INLINE float plain(float value)
+{
+    return value == value ? value : NAN;
 }
 
 ALWAYS_INLINE int64_t bytes_of(enum dtype dtype)

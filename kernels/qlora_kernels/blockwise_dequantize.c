@@ -2,28 +2,10 @@
 
 #include "blockwise.h"
 
-#include <math.h>
-
 /* Blocks whose scales are worked out before the weights that they scale. */
 enum { SCALES_AT_ONCE = 256 };
 /* A result from here on is written past the caches, which could not hold it: a store need not first read the line. */
 enum { STREAMED_BYTES = 8 << 20 };
-
-struct dequantization {
-    const uint8_t *codes;
-    const uint8_t *absmax;
-    const uint8_t *levels;
-    /* All three NULL where absmax holds the scales themselves. */
-    const uint8_t *nested_absmax;
-    const uint8_t *nested_levels;
-    const uint8_t *offset;
-    int64_t n_weights;
-    int64_t block_size;
-    int64_t nested_block_size;
-    uint8_t *out;
-    int32_t dtype;
-    int32_t path;
-};
 
 struct comparison {
     struct dequantization approximation;
@@ -33,13 +15,7 @@ struct comparison {
     int32_t dtype;
 };
 
-/* A NaN without the payload, which rounding to 16 bits could carry over into a number. */
-static float plain(float value)
-{
-    return value == value ? value : NAN;
-}
-
-static void find_scales(const struct dequantization *q, int64_t first, int64_t stop, float *scales)
+void find_scales(const struct dequantization *q, int64_t first, int64_t stop, float *scales)
 {
     if (q->nested_absmax == NULL) {
         for (int64_t block = first; block < stop; block++)
@@ -55,14 +31,19 @@ static void find_scales(const struct dequantization *q, int64_t first, int64_t s
     }
 }
 
+void find_levels(const struct dequantization *q, float *levels)
+{
+    for (int code = 0; code < LEVELS; code++)
+        levels[code] = plain(float_at(q->levels, code));
+}
+
 static void dequantize_range(const struct dequantization *q, int64_t first, int64_t stop, uint8_t *out, int streamed)
 {
     enum dtype dtype = (enum dtype)q->dtype;
     const struct path *path = q->block_size % 32 != 0 ? &portable_path : path_of(q->path);
     int64_t whole = q->n_weights / q->block_size;
     float levels[LEVELS], scales[SCALES_AT_ONCE];
-    for (int code = 0; code < LEVELS; code++)
-        levels[code] = plain(float_at(q->levels, code));
+    find_levels(q, levels);
     for (int64_t block = first; block < stop; block += SCALES_AT_ONCE) {
         int64_t end = smaller(block + SCALES_AT_ONCE, stop), start = block * q->block_size;
         uint8_t *here = out + (block - first) * q->block_size * bytes_of(dtype);

@@ -2,6 +2,8 @@
 
 #include "blockwise.h"
 
+#include <stddef.h>
+
 static uint16_t half_of(float value)
 {
     uint32_t sign = bits_of(value) >> 16 & 0x8000, bits = bits_of(value) & 0x7fffffff;
@@ -128,6 +130,14 @@ void portable_decode_rest(enum dtype dtype, const uint8_t *codes, int64_t n, flo
     SPECIALISED(decode_block, dtype, codes, n, scale, levels, out);
 }
 
+void portable_store(enum dtype dtype, float value, uint8_t *out, int64_t index)
+{
+    float number = plain(value);
+    uint16_t half = dtype == FLOAT16 ? half_of(number) : bfloat16_of(number);
+    memcpy(out + index * bytes_of(dtype), dtype == FLOAT32 ? (const void *)&number : (const void *)&half,
+           (size_t)bytes_of(dtype));
+}
+
 static void decode(enum dtype dtype, const uint8_t *codes, int64_t block_size, int64_t blocks, const float *scales,
                    const float *levels, uint8_t *out, int streamed)
 {
@@ -155,4 +165,4 @@ static void add_squares(enum dtype dtype, const uint8_t *weight, const float *ap
     SPECIALISED(squares, dtype, weight, approximation, n, errors, sizes);
 }
 
-const struct path portable_path = {find_maxima, encode, decode, add_squares};
+const struct path portable_path = {find_maxima, encode, decode, add_squares, NULL};

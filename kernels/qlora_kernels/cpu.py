@@ -46,7 +46,7 @@ VARIABLE: Final = "QLORA_PIPE_CPU"
 
 # The C library's numbers and what they are called, the best first.
 _PATHS: Final = {"avx512": (2, "AVX-512"), "avx2": (1, "AVX2"), "portable": (0, "no vector instructions")}
-_DTYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+DTYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # Elements from which on torch shares a sum out among threads.
 _SHARED_OUT_BY_TORCH: Final = 32_768
 # Bytes of a tensor that is better put in large pages.
@@ -110,7 +110,7 @@ def quantize(weight: Tensor, *, kind: Kind, block_size: int, double_quant: bool)
         block_size=block_size,
         codes=codes_B.data_ptr(),
         absmax=absmax_S.data_ptr(),
-        dtype=_DTYPES[weight.dtype],
+        dtype=DTYPES[weight.dtype],
         path=_PATHS[path()][0],
         intervals=_intervals(kind),
     )
@@ -153,10 +153,10 @@ def dequantizes(q: QuantizedTensor, dtype: torch.dtype) -> bool:
             (q.offset, torch.float32, 1),
         ]
     return (
-        dtype in _DTYPES
+        dtype in DTYPES
         and size % 2 == 0
         and all(
-            part.device.type == "cpu" and part.dtype == wanted and part.numel() == numel and part.is_contiguous()
+            part.is_cpu and part.dtype == wanted and part.numel() == numel and part.is_contiguous()
             for part, wanted, numel in parts
         )
     )
@@ -166,10 +166,32 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype, *, out: Tensor | None = N
     """As `blockwise.dequantize_reference`, where `dequantizes` allows it."""
     if out is None:
         out = _empty(*q.shape, dtype=dtype)
-    task = _dequantization(q, dtype, out=out.data_ptr())
+    task = dequantization_of(q, dtype, out=out.data_ptr())
     n_blocks = q.absmax.numel()
     in_shares(call("dequantize_blocks", task), n_blocks, smallest=max(1, _SMALLEST_SHARE // q.block_size))
     return out
+
+
+def dequantization_of(q: QuantizedTensor, dtype: torch.dtype, *, out: int | None) -> Dequantization:
+    """What the C library works on; the tensors must outlive it."""
+
+    def address(part: Tensor | None) -> int | None:
+        return None if part is None else part.data_ptr()
+
+    return Dequantization(
+        codes=q.codes.data_ptr(),
+        absmax=q.absmax.data_ptr(),
+        levels=q.levels.data_ptr(),
+        nested_absmax=address(q.nested_absmax),
+        nested_levels=address(q.nested_levels),
+        offset=address(q.offset),
+        n_weights=math.prod(q.shape),
+        block_size=q.block_size,
+        nested_block_size=q.nested_block_size,
+        out=out,
+        dtype=DTYPES[dtype],
+        path=_PATHS[path()][0],
+    )
 
 
 def squared_error(weight: Tensor, q: QuantizedTensor) -> tuple[float, float]:
@@ -178,11 +200,11 @@ def squared_error(weight: Tensor, q: QuantizedTensor) -> tuple[float, float]:
     pieces = math.ceil(flat_N.numel() / PIECE)
     sums_2P = _empty(2, pieces, dtype=torch.float64)
     task = Comparison(
-        approximation=_dequantization(q, torch.float32, out=None),
+        approximation=dequantization_of(q, torch.float32, out=None),
         weight=flat_N.data_ptr(),
         errors=sums_2P[0].data_ptr(),
         sizes=sums_2P[1].data_ptr(),
-        dtype=_DTYPES[weight.dtype],
+        dtype=DTYPES[weight.dtype],
     )
     in_shares(call("compare_pieces", task), pieces, smallest=_SMALLEST_SHARE // PIECE)
     errors, sizes = sums_2P.tolist()
@@ -191,7 +213,7 @@ def squared_error(weight: Tensor, q: QuantizedTensor) -> tuple[float, float]:
 
 def compares(weight: Tensor, q: QuantizedTensor) -> bool:
     """Whether the C library can; what it cannot is left to torch."""
-    fits = weight.device.type == "cpu" and weight.dtype in _DTYPES and weight.numel() == math.prod(q.shape)
+    fits = weight.device.type == "cpu" and weight.dtype in DTYPES and weight.numel() == math.prod(q.shape)
     return fits and q.block_size in BLOCK_SIZES and dequantizes(q, torch.float32)
 
 
@@ -223,26 +245,6 @@ def _intervals(kind: Kind) -> Intervals:
         cells_per_unit=CELLS / 2,
         cut_of_cell=cut_of_cell.data_ptr(),
         code_of_side=code_of_side.data_ptr(),
-    )
-
-
-def _dequantization(q: QuantizedTensor, dtype: torch.dtype, *, out: int | None) -> Dequantization:
-    def address(part: Tensor | None) -> int | None:
-        return None if part is None else part.data_ptr()
-
-    return Dequantization(
-        codes=q.codes.data_ptr(),
-        absmax=q.absmax.data_ptr(),
-        levels=q.levels.data_ptr(),
-        nested_absmax=address(q.nested_absmax),
-        nested_levels=address(q.nested_levels),
-        offset=address(q.offset),
-        n_weights=math.prod(q.shape),
-        block_size=q.block_size,
-        nested_block_size=q.nested_block_size,
-        out=out,
-        dtype=_DTYPES[dtype],
-        path=_PATHS[path()][0],
     )
 
 

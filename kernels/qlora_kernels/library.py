@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 # That of the library which the structures below fit.
-INTERFACE: Final = 3
+INTERFACE: Final = 4
 
 
 class Intervals(ctypes.Structure):
@@ -72,6 +72,18 @@ class Comparison(ctypes.Structure):
     )
 
 
+class Multiplication(ctypes.Structure):
+    _fields_ = (
+        ("source", ctypes.c_void_p),
+        ("vectors", ctypes.c_void_p),
+        ("n_vectors", ctypes.c_int64),
+        ("length", ctypes.c_int64),
+        ("matrices", ctypes.POINTER(Dequantization)),
+        ("n_matrices", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+    )
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The library, or None if it was not built, or was built from other sources than these."""
@@ -96,6 +108,8 @@ def library() -> ctypes.CDLL | None:
         "gated",
         "gated_backward",
         "cross_entropy",
+        "arrange_vectors",
+        "multiply_rows",
     ):
         getattr(found, name).argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
     return found

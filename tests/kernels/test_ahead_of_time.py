@@ -27,7 +27,14 @@ def test_every_kernel_compiles_for_sm_80_and_sm_90_without_spills(tmp_path: Path
     for capability in (80, 90):
         kernels = {row["kernel"] for row in compiled if row["capability"] == capability}
         assert {f"dequantize_{dtype}_double_quant_block64" for dtype in ("fp32", "fp16", "bf16")} <= kernels
+        assert {
+            f"quantized_matmul_{dtype}_m{m}_weights3_double_quant"
+            for dtype in ("fp32", "fp16", "bf16")
+            for m in (1, 64)
+        } <= kernels
     for row in compiled:
         assert row["cubin_bytes"] > 0, row
-        assert 0 < row["registers"] <= 64, row
+        # A product keeps a row's running sums and the weights that meet them; 255 is all there is.
+        limit = 64 if row["kernel"].startswith("dequantize") else 255
+        assert 0 < row["registers"] <= limit, row
         assert row["stack_bytes"] == row["local_bytes"] == 0, f"registers spill to memory: {row}"
