@@ -1,14 +1,16 @@
 """Linear layers over a frozen base: 4-bit weights, and LoRA on top of 4-bit or 16-bit ones."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from qlora_formats.store import StoredWeight
 from qlora_kernels.levels import recognise
-from qlora_kernels.linear import Layer, lora_linear, lora_linears
+from qlora_kernels.linear import Layer, lora_linears
 from qlora_kernels.quantized import QuantizedTensor
+from qlora_kernels.quantized_matmul import quantized_matmul, serves
 from qlora_kernels.scratch import Scratch
 from qlora_pipe.errors import DataError
 
@@ -63,9 +65,14 @@ class QuantizedLinear(nn.Module):
             shape=(self.out_features, self.in_features),
         )
 
+    @property
+    def layer(self) -> Layer:
+        """The layer as the kernels take it."""
+        return Layer(self.frozen, self.bias)
+
     def forward(self, x: Tensor) -> Tensor:
-        """Map x [..., in] to [..., out]; the dense weight lives for the length of one product."""
-        return lora_linear(x, self.frozen, bias=self.bias, scratch=self.scratch)
+        """Map x [..., in] to [..., out]; a dense weight, if there is one, lives for the length of one product."""
+        return project(x, self)[0]
 
 
 class LoraLinear(nn.Module):
@@ -100,39 +107,71 @@ class LoraLinear(nn.Module):
         return Layer(weight, base.bias, self.lora_a, self.lora_b, self.scale)
 
     @property
+    def drops(self) -> bool:
+        """Whether parts of its input are dropped."""
+        return self.training and self.dropout > 0
+
+    @property
     def scratch(self) -> Scratch | None:
         """Where the base's dense weight is made."""
         return self.base.scratch if isinstance(self.base, QuantizedLinear) else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., in] to [..., out] through the base and the adapter."""
-        return _together(x, [self])[0]
+        return project(x, self)[0]
 
 
-def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+def project(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
     """Apply linear layers that share their input x [..., in]: one [..., out] each.
 
-    Adapters that drop alike are computed as one, with one dropout mask for their input.
+    Adapters that drop alike are computed as one, with one dropout mask for their input. In a step of generation, which
+    is one position and wants no gradient, no weight is made dense: the products then have other last bits.
     """
-    adapted = [layer for layer in layers if isinstance(layer, LoraLinear)]
-    if len(adapted) < len(layers) or len({layer.dropout for layer in adapted}) > 1:
+    if (products := _packed(x, layers)) is not None:
+        return products
+    kinds = {(type(layer), getattr(layer, "dropout", None)) for layer in layers}
+    if len(kinds) > 1 or not isinstance(layers[0], LoraLinear | QuantizedLinear):
         return [layer(x) for layer in layers]
-    return list(_together(x, adapted))
-
-
-def _together(x: Tensor, layers: list[LoraLinear]) -> tuple[Tensor, ...]:
     first = layers[0]
-    drops = first.training and first.dropout > 0
-    seed = first.seed
+    drops = isinstance(first, LoraLinear) and first.drops
+    seed = first.seed if isinstance(first, LoraLinear) else None
     if drops and seed is None:
         seed = int(torch.randint(1 << 62, ()))
     return lora_linears(
         x,
-        [layer.layer for layer in layers],
-        dropout=first.dropout if drops else 0.0,
+        [layer.layer for layer in layers if isinstance(layer, LoraLinear | QuantizedLinear)],
+        dropout=first.dropout if isinstance(first, LoraLinear) and drops else 0.0,
         seed=seed if drops else None,
         scratch=first.scratch,
     )
+
+
+def _packed(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor] | None:
+    """The layers' outputs where their weights can stay packed; None where not."""
+    if torch.is_grad_enabled() or x.dim() < 2 or x.shape[-2] != 1:
+        return None
+    known = [layer for layer in layers if isinstance(layer, LoraLinear | QuantizedLinear)]
+    described = [layer.layer for layer in known]
+    weights = [part.weight for part in described if isinstance(part.weight, QuantizedTensor)]
+    dropped = any(layer.drops for layer in known if isinstance(layer, LoraLinear))
+    if len(weights) < len(layers) or dropped or not serves(x, weights):
+        return None
+    products = quantized_matmul(x, weights)
+    adapted = [(y, part) for y, part in zip(products, described, strict=True) if part.lora_a is not None]
+    for y, part in zip(products, described, strict=True):
+        if part.bias is not None:
+            y.add_(part.bias.to(y.dtype))
+    if adapted:
+        a_RI = torch.cat([part.lora_a for _, part in adapted if part.lora_a is not None]).to(x.dtype)
+        xa_TR = x.reshape(-1, x.shape[-1]) @ a_RI.T
+        start = 0
+        for y, part in adapted:
+            assert part.lora_b is not None
+            rank = part.lora_b.shape[1]
+            own_TR = xa_TR[:, start : start + rank]
+            y.view(-1, y.shape[-1]).addmm_(own_TR, part.lora_b.to(x.dtype).T, alpha=part.scale)
+            start += rank
+    return products
 
 
 def frozen_weight(layer: nn.Module) -> Tensor | None:
@@ -149,6 +188,25 @@ def share_scratch(model: nn.Module) -> Scratch:
         if isinstance(part, QuantizedLinear):
             part.scratch = scratch
     return scratch
+=======
+        # The seed comes from the generator whose state every checkpoint carries.
+        drops = self.training and self.dropout > 0
+        if not drops and isinstance(self.base, QuantizedLinear) and self.base.takes_packed(x):
+            y = self.base.packed_product(x)
+            xa_TR = x.reshape(-1, x.shape[-1]) @ self.lora_a.to(x.dtype).T
+            y.view(-1, y.shape[-1]).addmm_(xa_TR, self.lora_b.to(x.dtype).T, alpha=self.scale)
+            return y
+        return lora_linear(
+            x,
+            self.base.frozen if isinstance(self.base, QuantizedLinear) else self.base.weight,
+            bias=self.base.bias,
+            lora_a=self.lora_a,
+            lora_b=self.lora_b,
+            scale=self.scale,
+            dropout=self.dropout if drops else 0.0,
+            seed=int(torch.randint(1 << 62, ())) if drops else None,
+        )
+>>>>>>> 84db640 (Multiply the steps of generation with the packed weights)
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
