@@ -9,8 +9,8 @@ from qlora_kernels.linear import lora_linear
 from qlora_kernels.loftq import loftq_quantize, low_rank, starting_pair
 from qlora_kernels.norm import add_rms_norm, rms_norm, rms_norm_reference
 from qlora_kernels.quantized import QuantizedTensor
-from qlora_kernels.rotary import rotate, rotate_reference
 from qlora_kernels.quantized_matmul import quantized_matmul, serves
+from qlora_kernels.rotary import rotate, rotate_reference
 
 __all__ = [
     "BLOCK_SIZES",

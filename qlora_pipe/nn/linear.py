@@ -188,25 +188,6 @@ def share_scratch(model: nn.Module) -> Scratch:
         if isinstance(part, QuantizedLinear):
             part.scratch = scratch
     return scratch
-=======
-        # The seed comes from the generator whose state every checkpoint carries.
-        drops = self.training and self.dropout > 0
-        if not drops and isinstance(self.base, QuantizedLinear) and self.base.takes_packed(x):
-            y = self.base.packed_product(x)
-            xa_TR = x.reshape(-1, x.shape[-1]) @ self.lora_a.to(x.dtype).T
-            y.view(-1, y.shape[-1]).addmm_(xa_TR, self.lora_b.to(x.dtype).T, alpha=self.scale)
-            return y
-        return lora_linear(
-            x,
-            self.base.frozen if isinstance(self.base, QuantizedLinear) else self.base.weight,
-            bias=self.base.bias,
-            lora_a=self.lora_a,
-            lora_b=self.lora_b,
-            scale=self.scale,
-            dropout=self.dropout if drops else 0.0,
-            seed=int(torch.randint(1 << 62, ())) if drops else None,
-        )
->>>>>>> 84db640 (Multiply the steps of generation with the packed weights)
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
