@@ -148,13 +148,13 @@ def project(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
 
 def _packed(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor] | None:
     """The layers' outputs where their weights can stay packed; None where not."""
-    if torch.is_grad_enabled() or x.dim() < 2 or x.shape[-2] != 1:
+    # Training computes a block twice, once without gradients, and both must give the same bits.
+    if torch.is_grad_enabled() or layers[0].training or x.dim() < 2 or x.shape[-2] != 1:
         return None
     known = [layer for layer in layers if isinstance(layer, LoraLinear | QuantizedLinear)]
     described = [layer.layer for layer in known]
     weights = [part.weight for part in described if isinstance(part.weight, QuantizedTensor)]
-    dropped = any(layer.drops for layer in known if isinstance(layer, LoraLinear))
-    if len(weights) < len(layers) or dropped or not serves(x, weights):
+    if len(weights) < len(layers) or not serves(x, weights):
         return None
     products = quantized_matmul(x, weights)
     adapted = [(y, part) for y, part in zip(products, described, strict=True) if part.lora_a is not None]
