@@ -1,6 +1,7 @@
 """4-bit weights on tensors: quantize, dequantize, a linear layer with a LoRA adapter, row-wise operations, LoftQ."""
 
 from qlora_kernels.blockwise import BLOCK_SIZES, dequantize_reference
+from qlora_kernels.decode_attention import decode_attention
 from qlora_kernels.dispatch import dequantize, quantize, squared_error
 from qlora_kernels.frozen_head import head_loss
 from qlora_kernels.gated import geglu, swiglu
@@ -18,6 +19,7 @@ __all__ = [
     "Kind",
     "QuantizedTensor",
     "add_rms_norm",
+    "decode_attention",
     "dequantize",
     "dequantize_reference",
     "geglu",

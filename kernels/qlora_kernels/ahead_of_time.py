@@ -26,6 +26,7 @@ MODULES: Final = (
     "gated_triton",
     "frozen_head_triton",
     "quantized_matmul_triton",
+    "decode_attention_triton",
 )
 # Compute capabilities: A100, and H100 or H200.
 CAPABILITIES: Final = (80, 90)
