@@ -1,6 +1,17 @@
 """Generation: tokens one at a time, from a model with a key-value cache, and their text as it becomes certain."""
 
-from qlora_pipe.generate.decoding import CausalModel, generate
+from qlora_pipe.generate.decoding import generate, steps_of
+from qlora_pipe.generate.graph import CapturedSteps
+from qlora_pipe.generate.steps import CausalModel, EagerSteps, Steps
 from qlora_pipe.generate.streaming import Detokenizer, stream_text
 
-__all__ = ["CausalModel", "Detokenizer", "generate", "stream_text"]
+__all__ = [
+    "CapturedSteps",
+    "CausalModel",
+    "Detokenizer",
+    "EagerSteps",
+    "Steps",
+    "generate",
+    "steps_of",
+    "stream_text",
+]

@@ -1,33 +1,15 @@
 """Continue a sequence of tokens, one at a time."""
 
+import itertools
 import math
 from collections.abc import Collection, Iterator, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from qlora_pipe.errors import NonFiniteError, UsageProblem
-from qlora_pipe.nn.cache import KVCache
-
-
-class CausalModel(Protocol):
-    """What generation asks of a causal model, whatever its family."""
-
-    training: bool
-
-    @property
-    def context(self) -> int:
-        """The longest sequence, in tokens."""
-
-    def hidden(self, ids: Tensor, *, cache: KVCache | None = None) -> Tensor:
-        """Ids [B, T] -> last hidden states [B, T, D], the tokens added to the cache."""
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """Hidden states [..., D] -> logits [..., vocabulary]."""
-
-    def new_cache(self, batch: int, capacity: int) -> KVCache:
-        """Make an empty cache."""
+from qlora_pipe.generate.graph import CapturedSteps
+from qlora_pipe.generate.steps import CausalModel, EagerSteps, Steps
 
 
 def generate(
@@ -39,12 +21,16 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    steps: Steps | None = None,
 ) -> Iterator[int]:
     """Yield the ids that follow `ids`, until one of `stop_ids` (not yielded), max_new_tokens, or the context's end.
 
     Temperature 0 takes the likeliest token each time. Above 0, tokens are drawn by softmax(logits / temperature) from
     the likeliest ones that together hold a probability of top_p (nucleus sampling, arXiv 1904.09751), by a generator of
     this call's own: a seed gives the same tokens again and leaves torch's generators alone.
+
+    `steps` runs the model; without it `steps_of(model)` does, anew for each call. Given again for the next text, once
+    this one has ended, it saves capturing a step again.
 
     The context's end is the longest sequence the model's config vouches for: `max_position_embeddings`, or what its
     RoPE scaling makes of it. UsageProblem where `ids` is empty or leaves no room in it; ValueError where a setting
@@ -64,48 +50,59 @@ def generate(
             f"the prompt has {len(ids)} tokens, and the model's context ends at {model.context}; shorten the prompt."
         )
     room = min(max_new_tokens, model.context - len(ids))
-    draws = torch.Generator().manual_seed(seed)
-    return _continue(model, ids, room, stop_ids, temperature=temperature, top_p=top_p, draws=draws)
+    if room == 0:
+        return iter(())
+    steps = steps_of(model) if steps is None else steps
+    if temperature > 0:
+        draws = torch.Generator().manual_seed(seed)
+        tokens = _drawn(steps, ids, room, temperature=temperature, top_p=top_p, draws=draws)
+    else:
+        tokens = _likeliest(steps, ids, room)
+    # Not a generator up to here: what was refused, was refused at once.
+    return itertools.takewhile(lambda token: token not in stop_ids, tokens)
 
 
-def _continue(
-    model: CausalModel,
-    ids: Sequence[int],
-    room: int,
-    stop_ids: Collection[int],
-    *,
-    temperature: float,
-    top_p: float,
-    draws: torch.Generator,
-) -> Iterator[int]:
-    cache = model.new_cache(1, len(ids) + room)
-    fresh = list(ids)
-    for _ in range(room):
-        logits = _last_logits(model, fresh, cache)
-        if not logits.max().isfinite():
-            raise NonFiniteError(
-                f"the model's logits hold NaN or infinity at position {cache.length}: its weights or its adapter are"
-                " damaged, or overflow in this data type; try --dtype float32."
-            )
-        token = _draw(logits / temperature, top_p, draws) if temperature > 0 else int(logits.argmax())
-        if token in stop_ids:
-            return
+def steps_of(model: CausalModel) -> Steps:
+    """The fastest way of running a model whose weights stay where they are: captured on a GPU, else plain."""
+    return CapturedSteps(model) if model.new_cache(1, 0).stored.is_cuda else EagerSteps(model)
+
+
+def _likeliest(steps: Steps, ids: Sequence[int], room: int) -> Iterator[int]:
+    steps.begin(ids, room=room)
+    for position, (top, token) in enumerate(steps.likeliest(room), len(ids)):
+        _require_finite(top, position)
         yield token
-        fresh = [token]
 
 
-# The mode must not outlive a step: a generator's caller runs between its steps.
-@torch.inference_mode()
-def _last_logits(model: CausalModel, ids: Sequence[int], cache: KVCache) -> Tensor:
-    device = cache.keys[0].device
-    states = model.hidden(torch.tensor([ids], device=device), cache=cache)
-    return model.head(states[:, -1:])[0, 0].float()
+def _drawn(
+    steps: Steps, ids: Sequence[int], room: int, *, temperature: float, top_p: float, draws: torch.Generator
+) -> Iterator[int]:
+    end = len(ids) + room
+    steps.begin(ids, room=room)
+    for position in range(len(ids), end):
+        # Sorted where the logits are: on a CPU that takes longer than a step on a GPU.
+        logits, order = steps.logits.sort(descending=True, stable=True)
+        logits = logits.cpu()
+        _require_finite(float(logits[0]), position)
+        token = int(order[_draw(logits / temperature, top_p, draws)])
+        yield token
+        if position + 1 < end:
+            steps.go_on(token)
+
+
+def _require_finite(top: float, position: int) -> None:
+    if not math.isfinite(top):
+        raise NonFiniteError(
+            f"the model's logits hold NaN or infinity at position {position}: its weights or its adapter are"
+            " damaged, or overflow in this data type; try --dtype float32."
+        )
 
 
 def _draw(logits: Tensor, top_p: float, draws: torch.Generator) -> int:
+    """Draw a place among logits that fall."""
     # On the CPU and in double, so that a seed gives the same draw wherever the model is.
-    probabilities, ids = logits.cpu().double().softmax(-1).sort(descending=True, stable=True)
+    probabilities = logits.double().softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
     # The likeliest token has nothing before it and always stays.
     kept = torch.where(before < top_p, probabilities, 0.0)
-    return int(ids[torch.multinomial(kept, 1, generator=draws)])
+    return int(torch.multinomial(kept, 1, generator=draws))

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qlora_pipe.nn.cache import KVCache
+from qlora_pipe.nn.cache import Cache, KVCache
 
 
 class CausalModel(nn.Module, abc.ABC):
@@ -22,7 +22,7 @@ class CausalModel(nn.Module, abc.ABC):
         """The blocks in the order they run. Each is called with the state [B, T, D] and what `embed` gave besides."""
 
     @abc.abstractmethod
-    def embed(self, ids: Tensor, *, cache: KVCache | None = None) -> tuple[Tensor, Any]:
+    def embed(self, ids: Tensor, *, cache: Cache | None = None) -> tuple[Tensor, Any]:
         """Ids [B, T] -> the state [B, T, D] before the first block, and what every block is told besides it.
 
         The second is one object, never changed by a block; positions, masks and the cache travel in it.
@@ -41,7 +41,7 @@ class CausalModel(nn.Module, abc.ABC):
         """The matrix [vocabulary, D] where the head is the product with it, frozen; then no logits are ever kept."""
         return None
 
-    def hidden(self, ids: Tensor, *, cache: KVCache | None = None) -> Tensor:
+    def hidden(self, ids: Tensor, *, cache: Cache | None = None) -> Tensor:
         """Ids [B, T] -> the last hidden states [B, T, D].
 
         Padding goes to the right, where attention never looks. With a cache, `ids` go on from what it holds, and are
@@ -54,7 +54,7 @@ class CausalModel(nn.Module, abc.ABC):
             cache.advance(ids.shape[1])
         return self.finish(state)
 
-    def forward(self, ids: Tensor, *, cache: KVCache | None = None) -> Tensor:
+    def forward(self, ids: Tensor, *, cache: Cache | None = None) -> Tensor:
         """Ids [B, T] -> logits [B, T, vocabulary]."""
         return self.head(self.hidden(ids, cache=cache))
 

@@ -111,7 +111,18 @@ class Rotary:
     def tables(self, start: int, end: int, *, like: Tensor) -> tuple[Tensor, Tensor]:
         """Give cosines and sines [end - start, head_dim] of the positions, in the type and on the device of `like`."""
         positions = torch.arange(start, end, device=like.device).to(torch.float32)
-        angles = torch.outer(positions, self._frequencies_for(end, like.device)).repeat(1, 2)
+        return self._turns(torch.outer(positions, self._frequencies_for(end, like.device)), like)
+
+    def step_tables(self, end: int, *, like: Tensor) -> Tensor:
+        """Give for every position below `end` what `tables(position, position + 1)` gives: [end, 2, head_dim]."""
+        if not callable(self._frequencies):
+            return torch.stack(self.tables(0, end, like=like), dim=1)
+        rule = self._frequencies
+        angles = torch.stack([position * rule(position + 1) for position in range(end)]).to(like.device)
+        return torch.stack(self._turns(angles, like), dim=1)
+
+    def _turns(self, angles: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        angles = angles.repeat(1, 2)
         cosines, sines = angles.cos() * self._magnitude, angles.sin() * self._magnitude
         return cosines.to(like.dtype), sines.to(like.dtype)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qlora_pipe.errors import NonFiniteError, UsageProblem
 from qlora_pipe.generate import generate, stream_text
-from qlora_pipe.nn.cache import KVCache
+from qlora_pipe.nn.cache import Cache, KVCache
 from qlora_pipe.testing import byte_tokenizer, filled, tiny_weights
 from qlora_plugins.llama import register_architectures
 from qlora_plugins.llama.model import Llama
@@ -47,7 +47,7 @@ class FixedLogits:
     def __init__(self, logits: Sequence[float]) -> None:
         self.logits = torch.tensor(logits)
 
-    def hidden(self, ids: Tensor, *, cache: KVCache | None = None) -> Tensor:
+    def hidden(self, ids: Tensor, *, cache: Cache | None = None) -> Tensor:
         return torch.zeros(*ids.shape, 1)
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -56,9 +56,9 @@ class FixedLogits:
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         return KVCache(
             layers=1,
-            batch=1,
+            batch=batch,
             kv_heads=1,
-            capacity=1,
+            capacity=capacity,
             head_dim=1,
             dtype=torch.float32,
             device=torch.device("cpu"),

@@ -14,7 +14,7 @@ from torch.nn import functional
 from qlora_kernels.gated import geglu, swiglu
 from qlora_kernels.rotary import rotate
 from qlora_pipe.nn.attention import causal_attention
-from qlora_pipe.nn.cache import KVCache
+from qlora_pipe.nn.cache import Cache, KVCache
 from qlora_pipe.nn.causal import CausalModel
 from qlora_pipe.nn.fields import Fields
 from qlora_pipe.nn.linear import frozen_weight, project
@@ -90,7 +90,7 @@ class Told(NamedTuple):
 
     cosines: Tensor
     sines: Tensor
-    cache: KVCache | None
+    cache: Cache | None
 
 
 class Attention(nn.Module):
@@ -109,15 +109,17 @@ class Attention(nn.Module):
         """[B, T, D] -> [B, T, D]; with a cache, attention reaches the tokens it holds too."""
         # [B, T, H * head_dim] -> [B, H, T, head_dim]
         q, k, v = (
-            projected.view(*projected.shape[:-1], -1, self.head_dim).transpose(1, 2)
-            for projected in project(x, self.q_proj, self.k_proj, self.v_proj)
+            part.view(*part.shape[:-1], -1, self.head_dim).transpose(1, 2)
+            for part in project(x, self.q_proj, self.k_proj, self.v_proj)
         )
-        # Nobody else reads what was just projected.
-        q, k = (rotate(part, told.cosines, told.sines, inplace=True) for part in (q, k))
-        if told.cache is not None:
-            k, v = told.cache.update(self.layer, k, v)
-        mixed: Tensor = self.o_proj(causal_attention(q, k, v))
-        return mixed
+        if told.cache is None:
+            # Nobody else reads what was just projected.
+            q, k = (rotate(part, told.cosines, told.sines, inplace=True) for part in (q, k))
+            mixed = causal_attention(q, k, v)
+        else:
+            mixed = told.cache.attend(self.layer, q, k, v, cosines=told.cosines, sines=told.sines)
+        projected: Tensor = self.o_proj(mixed)
+        return projected
 
 
 class MLP(nn.Module):
@@ -183,11 +185,14 @@ class Llama(CausalModel):
         """The layers."""
         return cast(Sequence[nn.Module], self.model.layers)
 
-    def embed(self, ids: Tensor, *, cache: KVCache | None = None) -> tuple[Tensor, Told]:
+    def embed(self, ids: Tensor, *, cache: Cache | None = None) -> tuple[Tensor, Told]:
         """Ids [B, T] -> [B, T, D]; a cache's tokens come before them."""
-        start = 0 if cache is None else cache.length
         state: Tensor = self.model.embed_tokens(ids)
-        cosines, sines = self.config.rotary.tables(start, start + ids.shape[1], like=state)
+        rotary, count = self.config.rotary, ids.shape[1]
+        if cache is None:
+            cosines, sines = rotary.tables(0, count, like=state)
+        else:
+            cosines, sines = cache.turns(rotary, count, like=state)
         return state, Told(cosines, sines, cache)
 
     def finish(self, state: Tensor) -> Tensor:
