@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from qlora_kernels.decode_attention import decode_attention
+from qlora_kernels.rotary import rotate
 from qlora_pipe.nn.attention import causal_attention
-from qlora_pipe.nn.rotary import Rotary, rotate
+from qlora_pipe.nn.rotary import Rotary
 
 
 class Cache(Protocol):
