@@ -109,7 +109,7 @@ def test_no_dense_weight_outlives_the_product_it_was_made_for(tmp_path: Path, mo
 _INTERPRETED = """
 import json, sys
 import torch
-from qlora_kernels import dequantize_triton as kernel
+from qlora_kernels import dequantize_triton as kernel, gated, norm, rotary
 from tests.pipe.test_load_memory import IDS, loaded
 
 launch, shapes = kernel.dequantize_triton, []
@@ -117,6 +117,8 @@ def counted(q, dtype, *, out=None):
     shapes.append(list(q.shape))
     return launch(q, dtype, out=out)
 kernel.dequantize_triton = counted
+# Sums of a norm come in another order on a GPU; only the weights are compared here, bit for bit.
+gated.row_way = norm.row_way = rotary.row_way = lambda *_: "torch"
 
 torch.set_num_threads(1)
 for store in sys.argv[1:]:
