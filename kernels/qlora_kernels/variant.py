@@ -16,3 +16,6 @@ class Variant(NamedTuple):
     constants: dict[str, Any]
     options: dict[str, Any]
     aligned: tuple[str, ...] = ()
+    registers: int = 128
+    """The most that a thread may take on sm_80 and sm_90, a promise that the tests keep: more, and too few programs run
+    at once to hide the memory's latency. At 128, 512 threads share a multiprocessor."""
