@@ -1,12 +1,12 @@
 """Dequantize both levels in one launch on a GPU: the kernel and its launcher.
 
 The meaning is `blockwise.dequantize_reference`, which this equals bit for bit. Shape legend: see quantized.py; a tile
-holds R whole blocks, each block P = block_size / 2 bytes.
+holds T weights in R whole blocks, each of V words of 8 weights E.
 """
 
 import math
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 import torch
 import triton
@@ -16,10 +16,12 @@ from torch import Tensor
 from qlora_kernels.quantized import QuantizedTensor
 from qlora_kernels.variant import Variant
 
-# Weights per program, unless one block is larger: with four warps, 16 bytes of codes per thread and load.
+# Weights per program: with four warps, 16 bytes of codes per thread. No smaller than the largest block.
 _TILE: Final = 4096
-# No fused multiply-add: the reference rounds the product and the sum each.
-OPTIONS: Final = {"num_warps": 4, "enable_fp_fusion": False}
+# What a vector load needs.
+_ALIGNMENT: Final = 16
+# The interpreter's own conversion to bfloat16 truncates; a GPU's rounds to nearest even in half an instruction.
+_ROUND_WITH_INTEGERS: Final = triton.knobs.runtime.interpret
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -32,112 +34,136 @@ def dequantize_kernel(  # noqa: PLR0917
     offset_1: tl.tensor,
     out_N: tl.tensor,
     n_weights: tl.tensor,
-    n_bytes: tl.tensor,
-    n_blocks: tl.tensor,
-    nested_block_size: tl.tensor,
+    TILE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    BLOCKS_PER_PROGRAM: tl.constexpr,
-    NESTED: tl.constexpr,
-    OUT_IS_BFLOAT16: tl.constexpr,
+    NESTED_BLOCK_SIZE: tl.constexpr,
+    RAGGED: tl.constexpr,
+    ROUND_WITH_INTEGERS: tl.constexpr,
 ) -> None:
-    """One program dequantizes BLOCKS_PER_PROGRAM whole blocks. With OUT_IS_BFLOAT16, out_N is its int16 view."""
-    first_block = tl.program_id(0) * BLOCKS_PER_PROGRAM
-    row_R = tl.arange(0, BLOCKS_PER_PROGRAM)
-    block_R = first_block + row_R
-    if NESTED:
-        code_R = tl.load(absmax_S + block_R, mask=block_R < n_blocks, other=0).to(tl.int32)
-        nested_R = tl.load(nested_absmax_G + block_R // nested_block_size, mask=block_R < n_blocks, other=0.0)
-        scale_R = tl.load(nested_levels_256 + code_R) * nested_R + tl.load(offset_1)
-    else:
-        scale_R = tl.load(absmax_S + block_R, mask=block_R < n_blocks, other=0.0)
+    """One program dequantizes TILE weights. NESTED_BLOCK_SIZE 0 means that the scales are final.
 
+    RAGGED reads byte by byte: for codes at an odd address, and for a last block that is not whole.
+    """
+    ROWS: tl.constexpr = TILE // BLOCK_SIZE
+    WORDS: tl.constexpr = BLOCK_SIZE // 8
+    first_block = tl.program_id(0) * ROWS
     # 64 bits for where the tile starts, 32 within it.
-    first_byte = first_block.to(tl.int64) * (BLOCK_SIZE // 2)
-    byte_RP = row_R[:, None] * (BLOCK_SIZE // 2) + tl.arange(0, BLOCK_SIZE // 2)[None, :]
-    bytes_here = tl.minimum(n_bytes - first_byte, BLOCKS_PER_PROGRAM * (BLOCK_SIZE // 2)).to(tl.int32)
-    # Read once and never again: leave the cache to the output, which a matrix product reads next.
-    packed_RP = tl.load(
-        codes_B + first_byte + byte_RP, mask=byte_RP < bytes_here, other=0, eviction_policy="evict_first"
-    ).to(tl.int32)
-    high_RP = tl.load(levels_16 + (packed_RP >> 4)) * scale_R[:, None]
-    low_RP = tl.load(levels_16 + (packed_RP & 15)) * scale_R[:, None]
-    value_RW = tl.interleave(high_RP, low_RP)
-
     first_weight = first_block.to(tl.int64) * BLOCK_SIZE
-    weight_RW = row_R[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
-    inside_RW = weight_RW < tl.minimum(n_weights - first_weight, BLOCKS_PER_PROGRAM * BLOCK_SIZE).to(tl.int32)
-    if OUT_IS_BFLOAT16:
-        # Round to nearest even by hand: the interpreter's own conversion to bfloat16 truncates.
-        bits_RW = value_RW.to(tl.uint32, bitcast=True)
-        rounded_RW = (bits_RW + 0x7FFF + ((bits_RW >> 16) & 1)) >> 16
-        value_RW = rounded_RW.to(tl.uint16).to(tl.int16, bitcast=True)
-    tl.store(out_N + first_weight + weight_RW, value_RW.to(out_N.dtype.element_ty), mask=inside_RW)
+    weights_here = tl.minimum(n_weights - first_weight, TILE).to(tl.int32)
+    row_R = tl.arange(0, ROWS)
+    inside_R = row_R * BLOCK_SIZE < weights_here
+    # The eight weights of a word lie in one thread: it stores 16 bytes of a 16-bit type at once, its neighbours the
+    # next. The first weight of a byte is its high nibble, the first byte of a word its low end.
+    word_RV = row_R[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    place_E = tl.arange(0, 8)[None, None, :]
+    weight_RVE = word_RV[:, :, None] * 8 + place_E
+    codes_here = codes_B + first_weight // 2
+
+    # Before the codes, since these go through shared memory, and what is behind that barrier waits for them.
+    level_16 = tl.load(levels_16 + tl.arange(0, 16))
+    if NESTED_BLOCK_SIZE == 0:
+        scale_R = tl.load(absmax_S + first_block + row_R, mask=inside_R, other=0.0)
+    else:
+        scale_code_R = tl.load(absmax_S + first_block + row_R, mask=inside_R, other=0).to(tl.int32)
+        offset = tl.load(offset_1)
+        if NESTED_BLOCK_SIZE % ROWS == 0:
+            nested_R = tl.load(nested_absmax_G + first_block // NESTED_BLOCK_SIZE)
+        else:
+            group_R = (first_block + row_R) // NESTED_BLOCK_SIZE
+            nested_R = tl.load(nested_absmax_G + group_R, mask=inside_R, other=0.0)
+        scale_R = tl.load(nested_levels_256 + scale_code_R) * nested_R + offset
+
+    if RAGGED:
+        inside_RVE = weight_RVE < weights_here
+        packed_RVE = tl.load(codes_here + weight_RVE // 2, mask=inside_RVE, other=0).to(tl.int32)
+        code_RVE = packed_RVE >> ((place_E & 1) ^ 1) * 4
+    else:
+        inside_RVE = inside_R[:, None, None]
+        # Read once and never again: leave the cache to the output, which a matrix product reads next.
+        packed_RV = tl.load(
+            codes_here.to(tl.pointer_type(tl.int32)) + word_RV,
+            mask=inside_R[:, None],
+            other=0,
+            eviction_policy="evict_first",
+        )
+        code_RVE = packed_RV[:, :, None] >> (place_E ^ 1) * 4
+
+    # From shared memory: a look-up there takes no 64-bit address, and 16 neighbouring words never collide.
+    level_T = tl.gather(level_16, (code_RVE & 15).reshape(TILE), 0)
+    value_RVE = level_T.reshape(ROWS, WORDS, 8) * scale_R[:, None, None]
+    if ROUND_WITH_INTEGERS and out_N.dtype.element_ty == tl.bfloat16:
+        bits_RVE = value_RVE.to(tl.uint32, bitcast=True)
+        rounded_RVE = (bits_RVE + 0x7FFF + ((bits_RVE >> 16) & 1)) >> 16
+        value_RVE = rounded_RVE.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    tl.store(out_N + first_weight + weight_RVE, value_RVE.to(out_N.dtype.element_ty), mask=inside_RVE)
 
 
-def blocks_per_program(block_size: int) -> int:
-    """How many whole blocks one program dequantizes."""
-    return max(1, _TILE // block_size)
+def _options(bytes_per_weight: int) -> dict[str, Any]:
+    # No fused multiply-add: the reference rounds the product and the sum each.
+    return {"num_warps": 4 if bytes_per_weight <= 4 else 8, "enable_fp_fusion": False}
 
 
 def dequantize_triton(q: QuantizedTensor, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
     """The dense tensor [*q.shape] by one kernel launch; arguments and result as `blockwise.dequantize_reference`."""
     if out is None:
         out = torch.empty(q.shape, dtype=dtype, device=q.codes.device)
+    n = out.numel()
     nested = q.nested_absmax is not None
-    is_bfloat16 = dtype == torch.bfloat16
-    n_blocks = q.absmax.numel()
-    rows = blocks_per_program(q.block_size)
-    dequantize_kernel[(math.ceil(n_blocks / rows),)](
+    dequantize_kernel[(math.ceil(n / _TILE),)](
         q.codes,
         q.absmax,
         q.levels,
         # Without double quantization the kernel reads none of these three.
-        q.nested_absmax if nested else q.absmax,
+        q.nested_absmax if nested else q.levels,
         q.nested_levels if nested else q.levels,
         q.offset if nested else q.levels,
-        out.view(torch.int16) if is_bfloat16 else out,
-        math.prod(q.shape),
-        q.codes.numel(),
-        n_blocks,
-        q.nested_block_size,
+        out,
+        n,
+        TILE=_TILE,
         BLOCK_SIZE=q.block_size,
-        BLOCKS_PER_PROGRAM=rows,
-        NESTED=nested,
-        OUT_IS_BFLOAT16=is_bfloat16,
-        **OPTIONS,
+        NESTED_BLOCK_SIZE=q.nested_block_size if nested else 0,
+        RAGGED=n % q.block_size != 0 or q.codes.data_ptr() % _ALIGNMENT != 0,
+        ROUND_WITH_INTEGERS=_ROUND_WITH_INTEGERS,
+        **_options(out.itemsize),
     )
     return out
 
 
 def variants() -> Iterator[Variant]:
     """The forms that are launched, for ahead_of_time.py."""
-    for out in ("fp32", "fp16", "bf16"):
-        for nested in (True, False):
-            for block_size in (64,) if out != "bf16" else (32, 64, 4096):
-                yield _variant(out, nested=nested, block_size=block_size)
+    for out in ("bf16", "fp16", "fp32", "fp64"):
+        for nested_block_size in (256, 0):
+            yield _variant(out, nested_block_size=nested_block_size)
+    for block_size in (32, 4096):
+        yield _variant("bf16", block_size=block_size)
+    # Groups smaller than a tile, and what reads bytes.
+    yield _variant("bf16", nested_block_size=32)
+    yield _variant("bf16", ragged=True)
 
 
-def _variant(out: str, *, nested: bool, block_size: int) -> Variant:
-    signature = {
-        "codes_B": "*u8",
-        "absmax_S": "*u8" if nested else "*fp32",
-        "levels_16": "*fp32",
-        "nested_absmax_G": "*fp32",
-        "nested_levels_256": "*fp32",
-        "offset_1": "*fp32",
-        "out_N": "*i16" if out == "bf16" else f"*{out}",
-        "n_weights": "i32",
-        "n_bytes": "i32",
-        "n_blocks": "i32",
-        "nested_block_size": "i32",
-    }
-    constants = {
-        "BLOCK_SIZE": block_size,
-        "BLOCKS_PER_PROGRAM": blocks_per_program(block_size),
-        "NESTED": nested,
-        "OUT_IS_BFLOAT16": out == "bf16",
-    }
-    name = f"dequantize_{out}_{'double_quant' if nested else 'plain'}_block{block_size}"
+def _variant(out: str, *, block_size: int = 64, nested_block_size: int = 256, ragged: bool = False) -> Variant:
     return Variant(
-        name, dequantize_kernel, signature, constants, OPTIONS, ("n_weights", "n_bytes", "nested_block_size")
+        name=f"dequantize_{out}_block{block_size}_nested{nested_block_size}{'_ragged' if ragged else ''}",
+        kernel=dequantize_kernel,
+        signature={
+            "codes_B": "*u8",
+            "absmax_S": "*u8" if nested_block_size else "*fp32",
+            "levels_16": "*fp32",
+            "nested_absmax_G": "*fp32",
+            "nested_levels_256": "*fp32",
+            "offset_1": "*fp32",
+            "out_N": f"*{out}",
+            "n_weights": "i32",
+        },
+        constants={
+            "TILE": _TILE,
+            "BLOCK_SIZE": block_size,
+            "NESTED_BLOCK_SIZE": nested_block_size,
+            "RAGGED": ragged,
+            "ROUND_WITH_INTEGERS": False,
+        },
+        options=_options(8 if out == "fp64" else 4),
+        aligned=() if ragged else ("n_weights",),
+        # At 48, ten programs share a multiprocessor and hide the memory's latency.
+        registers=96 if ragged else 48,
     )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,3 +54,17 @@ def test_each_kernel_compiles_for_the_other_targets(module: str, tmp_path: Path)
     rows = _compiled(tmp_path, "--modules", module, "--one-per-kernel", "--targets", *OTHERS)
     assert {row["target"] for row in rows} == set(OTHERS)
     assert all(row["binary_bytes"] > 0 and row["registers"] > 0 for row in rows)
+
+
+def test_codes_are_read_and_16_bit_weights_written_16_bytes_at_a_time(tmp_path: Path) -> None:
+    print_ptx = (
+        "from qlora_kernels.ahead_of_time import compile_variant, variants\n"
+        "chosen = [v for v in variants('dequantize_triton') if v.name == 'dequantize_bf16_block64_nested256']\n"
+        "for target in ('sm_80', 'sm_90'): print(compile_variant(*chosen, target).asm['ptx'])"
+    )
+    programs = _run(tmp_path, "-c", print_ptx).split(".version")[1:]
+    assert len(programs) == 2
+    for ptx in programs:
+        assert set(re.findall(r"\bst\.global\S*", ptx)) == {"st.global.v4.b32"}
+        assert len(re.findall(r"\bld\.global\.L1::evict_first\S*\.v4\.b32", ptx)) == 1
+        assert "cvt.rn.bf16x2.f32" in ptx

@@ -38,9 +38,11 @@ def _assert_kernel_equals_reference(q: QuantizedTensor, dtype: torch.dtype) -> N
     torch.testing.assert_close(out.cpu(), dequantize_reference(q, dtype), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("nested_block_size", [None, 256, 64], ids="nested={}".format)
+# Without double quantization; one group for a whole tile; several for a tile; a size that is no power of two.
+@pytest.mark.parametrize("nested_block_size", [None, 256, 16, 100], ids="nested={}".format)
 @pytest.mark.parametrize("block_size", [32, 64, 4096])
-@pytest.mark.parametrize("n", [1, 12_345])
+# Ragged, and whole blocks of any size, at the end of a tile and in the middle.
+@pytest.mark.parametrize("n", [1, 12_345, 12_288, 3 * 4096 + 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_kernel_equals_the_reference(
     dtype: torch.dtype, n: int, block_size: int, nested_block_size: int | None
@@ -48,8 +50,40 @@ def test_kernel_equals_the_reference(
     _assert_kernel_equals_reference(_random(n, block_size=block_size, nested_block_size=nested_block_size), dtype)
 
 
-def test_kernel_widens_to_float64() -> None:
-    _assert_kernel_equals_reference(_random(4097, block_size=64, nested_block_size=256), torch.float64)
+@pytest.mark.parametrize("n", [4097, 4160])
+def test_kernel_widens_to_float64(n: int) -> None:
+    _assert_kernel_equals_reference(_random(n, block_size=64, nested_block_size=256), torch.float64)
+
+
+@pytest.mark.parametrize("shift", [1, 4])
+def test_codes_may_lie_at_any_address(shift: int) -> None:
+    q = _random(4096 + 64, block_size=64, nested_block_size=256)
+    storage = torch.empty(shift + q.codes.numel(), dtype=torch.uint8, device=DEVICE)
+    codes = storage[shift:].copy_(q.codes)
+    assert codes.data_ptr() % 16
+    out = torch.full(q.shape, math.nan, device=DEVICE)
+    dequantize(_on_device(q)._replace(codes=codes), torch.float32, out=out)
+    torch.testing.assert_close(out.cpu(), dequantize_reference(q, torch.float32), rtol=0, atol=0)
+
+
+def test_the_output_may_lie_at_any_address() -> None:
+    q = _random(4096 + 64, block_size=64, nested_block_size=256)
+    out = torch.full((q.shape[0] + 1,), math.nan, dtype=torch.float16, device=DEVICE)[1:]
+    dequantize(_on_device(q), torch.float16, out=out)
+    torch.testing.assert_close(out.cpu(), dequantize_reference(q, torch.float16), rtol=0, atol=0)
+
+
+def test_nothing_is_written_behind_the_last_weight() -> None:
+    for n in (4096 + 64, 4097):
+        q = _random(n, block_size=64, nested_block_size=256)
+        storage = torch.full((2 * n,), math.nan, device=DEVICE)
+        dequantize(_on_device(q), torch.float32, out=storage[:n])
+        assert storage[n:].isnan().all()
+
+
+def test_kernel_knows_fp4() -> None:
+    q = quantize(torch.randn(5, 997, generator=torch.Generator().manual_seed(0)), kind="fp4")
+    _assert_kernel_equals_reference(q, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
