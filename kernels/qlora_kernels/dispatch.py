@@ -16,10 +16,17 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 def quantize(weight: Tensor, *, kind: Kind = "nf4", block_size: int = 64, double_quant: bool = True) -> QuantizedTensor:
     """Quantize a float32, float16 or bfloat16 tensor of any shape to 4 bits, one scale per `block_size` weights.
 
-    A tensor on a CPU goes through the C kernels, any other, or all where these were not built, through plain torch; the
-    bits are the same. Result and errors are those of `blockwise.quantize`.
+    A tensor on a GPU, or any tensor in a process started with TRITON_INTERPRET=1, goes through the Triton kernels; one
+    on a CPU through the C kernels where they were built, else through plain torch. The bits are the same. Result and
+    errors are those of `blockwise.quantize`.
     """
-    if weight.device.type == "cpu" and cpu.path() != "torch":
+    way = way_of(weight)
+    if way == "triton":
+        # Imported here because Triton exists on Linux only and takes 0.4 s, which a run on a CPU need not pay.
+        from qlora_kernels.quantize_triton import quantize_triton  # noqa: PLC0415
+
+        return quantize_triton(weight, kind=kind, block_size=block_size, double_quant=double_quant)
+    if way == "c" and weight.device.type == "cpu":
         return cpu.quantize(weight, kind=kind, block_size=block_size, double_quant=double_quant)
     return blockwise.quantize(weight, kind=kind, block_size=block_size, double_quant=double_quant)
 
@@ -38,7 +45,7 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype, *, out: Tensor | None = N
         _check_fits(out, q, dtype)
     way = way_of(q.codes)
     if way == "triton":
-        # Imported here because Triton exists on Linux only and takes 0.4 s, which a run on a CPU need not pay.
+        # As above.
         from qlora_kernels.dequantize_triton import dequantize_triton  # noqa: PLC0415
 
         return dequantize_triton(q, dtype, out=out)
