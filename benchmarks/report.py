@@ -70,17 +70,31 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def publish(name: str, *, rows: Sequence[Mapping[str, object]], peers: Sequence[str]) -> None:
-    """Print the rows as a table and write results/NAME.json with the machine and the versions of the peers."""
+def publish(
+    name: str,
+    *,
+    rows: Sequence[Mapping[str, object]],
+    peers: Sequence[str],
+    ceilings: Mapping[str, float] | None = None,
+) -> None:
+    """Print the rows as a table and write results/NAME.json with the machine and the versions of the peers.
+
+    `ceilings` are the machine's limits, as measured in the run.
+    """
     versions = {package: version(package) for package in ("torch", *peers)}
     columns = list(rows[0])
     cells = [columns, *([_shown(row[column]) for column in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     print(", ".join(f"{key} {value}" for key, value in (machine() | versions).items()))
+    if ceilings:
+        print(", ".join(f"{key} {_shown(value)}" for key, value in ceilings.items()))
     for line in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     RESULTS.mkdir(exist_ok=True)
-    document = {"benchmark": name, "machine": machine(), "versions": versions, "rows": [dict(row) for row in rows]}
+    document: dict[str, object] = {"benchmark": name, "machine": machine(), "versions": versions}
+    if ceilings:
+        document["ceilings"] = dict(ceilings)
+    document["rows"] = [dict(row) for row in rows]
     (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
 
 
