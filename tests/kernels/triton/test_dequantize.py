@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from qlora_kernels import QuantizedTensor, dequantize, dequantize_reference, lora_linear, quantize
+from qlora_kernels import QuantizedTensor, blockwise, dequantize, dequantize_reference, lora_linear
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -14,7 +14,7 @@ def _random(n: int, *, block_size: int, nested_block_size: int | None) -> Quanti
     """Every byte, scale code and size may occur, unlike in what `quantize` makes of random weights."""
     generator = torch.Generator().manual_seed(n)
     scales = math.ceil(n / block_size)
-    model = quantize(torch.randn(max(n, 2), generator=generator), block_size=block_size)
+    model = blockwise.quantize(torch.randn(max(n, 2), generator=generator), block_size=block_size)
     codes = torch.randint(0, 256, ((n + 1) // 2,), dtype=torch.uint8, generator=generator)
     if nested_block_size is None:
         absmax = torch.rand(scales, generator=generator)
@@ -38,11 +38,11 @@ def _assert_kernel_equals_reference(q: QuantizedTensor, dtype: torch.dtype) -> N
     torch.testing.assert_close(out.cpu(), dequantize_reference(q, dtype), rtol=0, atol=0)
 
 
-# Without double quantization; one group for a whole tile; several for a tile; a size that is no power of two.
-@pytest.mark.parametrize("nested_block_size", [None, 256, 16, 100], ids="nested={}".format)
+# Without double quantization; one group for a whole tile; several for a tile, and of a size that is no power of two.
+@pytest.mark.parametrize("nested_block_size", [None, 256, 12], ids="nested={}".format)
 @pytest.mark.parametrize("block_size", [32, 64, 4096])
-# Ragged, and whole blocks of any size, at the end of a tile and in the middle.
-@pytest.mark.parametrize("n", [1, 12_345, 12_288, 3 * 4096 + 64])
+# Ragged, and whole blocks that end with a tile or, but for those of 4096, within one.
+@pytest.mark.parametrize("n", [1, 8191, 8192, 4096 + 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_kernel_equals_the_reference(
     dtype: torch.dtype, n: int, block_size: int, nested_block_size: int | None
@@ -82,7 +82,7 @@ def test_nothing_is_written_behind_the_last_weight() -> None:
 
 
 def test_kernel_knows_fp4() -> None:
-    q = quantize(torch.randn(5, 997, generator=torch.Generator().manual_seed(0)), kind="fp4")
+    q = blockwise.quantize(torch.randn(5, 997, generator=torch.Generator().manual_seed(0)), kind="fp4")
     _assert_kernel_equals_reference(q, torch.float32)
 
 
@@ -104,7 +104,7 @@ def test_a_linear_layer_runs_the_kernel_once_forward_and_once_backward(monkeypat
     monkeypatch.setattr(
         dequantize_triton, "dequantize_triton", lambda q, dtype, *, out: launches.append(q) or launch(q, dtype, out=out)
     )
-    q = _on_device(quantize(torch.randn(24, 40)))
+    q = _on_device(blockwise.quantize(torch.randn(24, 40)))
     x = torch.randn(5, 40, device=DEVICE, requires_grad=True)
     y = lora_linear(x, q)
     assert len(launches) == 1
