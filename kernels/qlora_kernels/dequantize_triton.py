@@ -1,7 +1,7 @@
 """Dequantize both levels in one launch on a GPU: the kernel and its launcher.
 
 The meaning is `blockwise.dequantize_reference`, which this equals bit for bit. Shape legend: see quantized.py; a tile
-holds T weights in R whole blocks, each of V words of 8 weights E.
+holds T weights, in R whole blocks of W weights or V words of eight.
 """
 
 import math
@@ -45,19 +45,12 @@ def dequantize_kernel(  # noqa: PLR0917
     RAGGED reads byte by byte: for codes at an odd address, and for a last block that is not whole.
     """
     ROWS: tl.constexpr = TILE // BLOCK_SIZE
-    WORDS: tl.constexpr = BLOCK_SIZE // 8
     first_block = tl.program_id(0) * ROWS
     # 64 bits for where the tile starts, 32 within it.
     first_weight = first_block.to(tl.int64) * BLOCK_SIZE
     weights_here = tl.minimum(n_weights - first_weight, TILE).to(tl.int32)
     row_R = tl.arange(0, ROWS)
     inside_R = row_R * BLOCK_SIZE < weights_here
-    # The eight weights of a word lie in one thread: it stores 16 bytes of a 16-bit type at once, its neighbours the
-    # next. The first weight of a byte is its high nibble, the first byte of a word its low end.
-    word_RV = row_R[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
-    place_E = tl.arange(0, 8)[None, None, :]
-    weight_RVE = word_RV[:, :, None] * 8 + place_E
-    codes_here = codes_B + first_weight // 2
 
     # Before the codes, since these go through shared memory, and what is behind that barrier waits for them.
     level_16 = tl.load(levels_16 + tl.arange(0, 16))
@@ -73,29 +66,33 @@ def dequantize_kernel(  # noqa: PLR0917
             nested_R = tl.load(nested_absmax_G + group_R, mask=inside_R, other=0.0)
         scale_R = tl.load(nested_levels_256 + scale_code_R) * nested_R + offset
 
+    # The first weight of a byte is its high nibble, the first byte of a word its low end.
+    codes_here = codes_B + first_weight // 2
     if RAGGED:
-        inside_RVE = weight_RVE < weights_here
-        packed_RVE = tl.load(codes_here + weight_RVE // 2, mask=inside_RVE, other=0).to(tl.int32)
-        code_RVE = packed_RVE >> ((place_E & 1) ^ 1) * 4
+        weight_T = tl.arange(0, TILE)
+        packed_T = tl.load(codes_here + weight_T // 2, mask=weight_T < weights_here, other=0).to(tl.int32)
+        code_T = packed_T >> ((weight_T & 1) ^ 1) * 4
     else:
-        inside_RVE = inside_R[:, None, None]
+        word_V = tl.arange(0, TILE // 8)
         # Read once and never again: leave the cache to the output, which a matrix product reads next.
-        packed_RV = tl.load(
-            codes_here.to(tl.pointer_type(tl.int32)) + word_RV,
-            mask=inside_R[:, None],
+        packed_V = tl.load(
+            codes_here.to(tl.pointer_type(tl.int32)) + word_V,
+            mask=word_V < tl.cdiv(weights_here, BLOCK_SIZE) * (BLOCK_SIZE // 8),
             other=0,
             eviction_policy="evict_first",
         )
-        code_RVE = packed_RV[:, :, None] >> (place_E ^ 1) * 4
-
+        code_T = (packed_V[:, None] >> (tl.arange(0, 8) ^ 1)[None, :] * 4).reshape(TILE)
     # From shared memory: a look-up there takes no 64-bit address, and 16 neighbouring words never collide.
-    level_T = tl.gather(level_16, (code_RVE & 15).reshape(TILE), 0)
-    value_RVE = level_T.reshape(ROWS, WORDS, 8) * scale_R[:, None, None]
+    level_T = tl.gather(level_16, code_T & 15, 0)
+
+    value_RW = level_T.reshape(ROWS, BLOCK_SIZE) * scale_R[:, None]
     if ROUND_WITH_INTEGERS and out_N.dtype.element_ty == tl.bfloat16:
-        bits_RVE = value_RVE.to(tl.uint32, bitcast=True)
-        rounded_RVE = (bits_RVE + 0x7FFF + ((bits_RVE >> 16) & 1)) >> 16
-        value_RVE = rounded_RVE.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    tl.store(out_N + first_weight + weight_RVE, value_RVE.to(out_N.dtype.element_ty), mask=inside_RVE)
+        bits_RW = value_RW.to(tl.uint32, bitcast=True)
+        rounded_RW = (bits_RW + 0x7FFF + ((bits_RW >> 16) & 1)) >> 16
+        value_RW = rounded_RW.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    weight_RW = row_R[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
+    inside_RW = weight_RW < weights_here if RAGGED else inside_R[:, None]
+    tl.store(out_N + first_weight + weight_RW, value_RW.to(out_N.dtype.element_ty), mask=inside_RW)
 
 
 def _options(bytes_per_weight: int) -> dict[str, Any]:
@@ -164,6 +161,6 @@ def _variant(out: str, *, block_size: int = 64, nested_block_size: int = 256, ra
         },
         options=_options(8 if out == "fp64" else 4),
         aligned=() if ragged else ("n_weights",),
-        # At 48, ten programs share a multiprocessor and hide the memory's latency.
-        registers=96 if ragged else 48,
+        # With up to 56, nine programs share a multiprocessor and hide the memory's latency.
+        registers=56,
     )

@@ -1,7 +1,7 @@
 """Quantize a tensor to 4 bits, and its scales to 8, on a GPU: the kernels and their launcher.
 
-The meaning is `blockwise.quantize`, which this equals bit for bit. Shape legend: see quantized.py; a tile holds R whole
-blocks, each of V words of 8 weights E.
+The meaning is `blockwise.quantize`, which this equals bit for bit. Shape legend: see quantized.py; a tile holds T
+weights, in R whole blocks of W weights or V words of eight.
 """
 
 import math
@@ -36,23 +36,21 @@ _FP4_RISE: Final = tl.constexpr(FP4_RISE)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _nf4_codes(scaled_RVE: tl.tensor, cuts_16: tl.tensor) -> tl.tensor:
-    slope_RVE = tl.fma(tl.abs(scaled_RVE), -_NF4_BEND, _NF4_RISE)
-    place_RVE = tl.fma(scaled_RVE, slope_RVE, _NF4_SHIFT) + _ROUNDER
-    nearest_RVE = place_RVE.to(tl.int32, bitcast=True) & 15
-    cut_RVE = tl.gather(cuts_16, nearest_RVE.reshape(scaled_RVE.numel), 0).reshape(scaled_RVE.shape)
+def _nf4_codes(scaled_T: tl.tensor, cuts_16: tl.tensor) -> tl.tensor:
+    slope_T = tl.fma(tl.abs(scaled_T), -_NF4_BEND, _NF4_RISE)
+    place_T = tl.fma(scaled_T, slope_T, _NF4_SHIFT) + _ROUNDER
+    nearest_T = place_T.to(tl.int32, bitcast=True) & 15
     # The sign of a difference is exact, and cheaper than a comparison.
-    above_RVE = ((cut_RVE - scaled_RVE).to(tl.uint32, bitcast=True) >> 31).to(tl.int32)
-    return nearest_RVE - 1 + above_RVE
+    below_cut_T = tl.gather(cuts_16, nearest_T, 0) - scaled_T
+    return nearest_T - 1 + (below_cut_T.to(tl.uint32, bitcast=True) >> 31).to(tl.int32)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _fp4_codes(scaled_RVE: tl.tensor, cuts_32: tl.tensor, codes_64: tl.tensor) -> tl.tensor:
-    place_RVE = tl.fma(tl.abs(scaled_RVE), _FP4_RISE, _ROUNDER)
-    cell_RVE = (place_RVE.to(tl.int32, bitcast=True) & 15) + tl.where(scaled_RVE > 0, 16, 0)
-    cut_RVE = tl.gather(cuts_32, cell_RVE.reshape(scaled_RVE.numel), 0).reshape(scaled_RVE.shape)
-    side_RVE = cell_RVE * 2 + (scaled_RVE > cut_RVE).to(tl.int32)
-    return tl.gather(codes_64, side_RVE.reshape(scaled_RVE.numel), 0).reshape(scaled_RVE.shape)
+def _fp4_codes(scaled_T: tl.tensor, cuts_32: tl.tensor, codes_64: tl.tensor) -> tl.tensor:
+    place_T = tl.fma(tl.abs(scaled_T), _FP4_RISE, _ROUNDER)
+    cell_T = (place_T.to(tl.int32, bitcast=True) & 15) + tl.where(scaled_T > 0, 16, 0)
+    is_above_T = (scaled_T > tl.gather(cuts_32, cell_T, 0)).to(tl.int32)
+    return tl.gather(codes_64, cell_T * 2 + is_above_T, 0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -70,7 +68,6 @@ def quantize_kernel(  # noqa: PLR0917
 ) -> None:
     """One program quantizes TILE weights in whole blocks; with REST, those of the last block if it is not whole."""
     ROWS: tl.constexpr = TILE // BLOCK_SIZE
-    WORDS: tl.constexpr = BLOCK_SIZE // 8
     # First, so that nothing waits for it later.
     if IS_NF4:
         cuts = tl.load(cuts_C + tl.arange(0, 16))
@@ -78,46 +75,45 @@ def quantize_kernel(  # noqa: PLR0917
         cuts = tl.load(cuts_C + tl.arange(0, 32))
         codes_of_sides = tl.load(codes_of_sides_64 + tl.arange(0, 64))
     whole_blocks = n_weights // BLOCK_SIZE
+    rest = n_weights % BLOCK_SIZE
     row_R = tl.arange(0, ROWS)
-    word_RV = row_R[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
-    place_E = tl.arange(0, 8)[None, None, :]
-    weight_RVE = word_RV[:, :, None] * 8 + place_E
+    weight_RW = row_R[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
     if REST:
         first_block = whole_blocks
         inside_R = row_R == 0
-        inside_RVE = weight_RVE < n_weights % BLOCK_SIZE
+        inside_RW = weight_RW < rest
     else:
         first_block = tl.program_id(0) * ROWS
         inside_R = first_block + row_R < whole_blocks
-        inside_RVE = inside_R[:, None, None]
+        inside_RW = inside_R[:, None]
     # 64 bits for where the tile starts, 32 within it.
     first_weight = first_block.to(tl.int64) * BLOCK_SIZE
-    value_RVE = tl.load(
-        weight_N + first_weight + weight_RVE, mask=inside_RVE, other=0.0, eviction_policy="evict_first"
-    ).to(tl.float32)
+    weight_here = weight_N + first_weight + weight_RW
+    value_RW = tl.load(weight_here, mask=inside_RW, other=0.0, eviction_policy="evict_first").to(tl.float32)
 
-    magnitude_RVE = value_RVE.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    absmax_R = tl.max(tl.max(magnitude_RVE, axis=2), axis=1)
+    absmax_R = tl.max(value_RW.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
     divisor_R = tl.maximum(absmax_R, _SMALLEST_SCALE)
     if REST:
         absmax_R = divisor_R
-        scaled_RVE = tl.math.div_rn(value_RVE, divisor_R.to(tl.float32, bitcast=True)[:, None, None])
+        scaled_RW = tl.math.div_rn(value_RW, divisor_R.to(tl.float32, bitcast=True)[:, None])
     else:
-        scaled_RVE = value_RVE * tl.math.div_rn(1.0, divisor_R.to(tl.float32, bitcast=True))[:, None, None]
+        scaled_RW = value_RW * tl.math.div_rn(1.0, divisor_R.to(tl.float32, bitcast=True))[:, None]
     tl.store(absmax_S + first_block + row_R, absmax_R.to(tl.float32, bitcast=True), mask=inside_R)
 
-    code_RVE = _nf4_codes(scaled_RVE, cuts) if IS_NF4 else _fp4_codes(scaled_RVE, cuts, codes_of_sides)
+    scaled_T = scaled_RW.reshape(TILE)
+    code_T = _nf4_codes(scaled_T, cuts) if IS_NF4 else _fp4_codes(scaled_T, cuts, codes_of_sides)
     # The first weight of a byte is its high nibble, the first byte of a word its low end. Weights that are not there
     # have the code of zero.
-    packed_RV = tl.sum(code_RVE << (place_E ^ 1) * 4, axis=2)
+    packed_V = tl.sum(code_T.reshape(TILE // 8, 8) << (tl.arange(0, 8) ^ 1)[None, :] * 4, axis=1)
     codes_here = codes_B + first_weight // 2
+    word_V = tl.arange(0, TILE // 8)
     if REST:
-        byte_4 = tl.arange(0, 4)[None, None, :]
-        inside_RV4 = word_RV[:, :, None] * 4 + byte_4 < (n_weights % BLOCK_SIZE + 1) // 2
-        byte_RV4 = (packed_RV[:, :, None] >> byte_4 * 8).to(tl.uint8)
-        tl.store(codes_here + word_RV[:, :, None] * 4 + byte_4, byte_RV4, mask=inside_RV4)
+        byte_V4 = word_V[:, None] * 4 + tl.arange(0, 4)[None, :]
+        packed_V4 = (packed_V[:, None] >> tl.arange(0, 4)[None, :] * 8).to(tl.uint8)
+        tl.store(codes_here + byte_V4, packed_V4, mask=byte_V4 < (rest + 1) // 2)
     else:
-        tl.store(codes_here.to(tl.pointer_type(tl.int32)) + word_RV, packed_RV, mask=inside_R[:, None])
+        words_here = (whole_blocks - first_block) * (BLOCK_SIZE // 8)
+        tl.store(codes_here.to(tl.pointer_type(tl.int32)) + word_V, packed_V, mask=word_V < words_here)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -263,4 +259,6 @@ def _variant(weight: str, *, kind: Kind = "nf4", block_size: int = 64, rest: boo
         },
         options=_OPTIONS,
         aligned=() if rest else ("n_weights",),
+        # With up to 80, six programs share a multiprocessor, each with 8 KiB of 16-bit weights on their way.
+        registers=80,
     )

@@ -56,15 +56,41 @@ def test_each_kernel_compiles_for_the_other_targets(module: str, tmp_path: Path)
     assert all(row["binary_bytes"] > 0 and row["registers"] > 0 for row in rows)
 
 
-def test_codes_are_read_and_16_bit_weights_written_16_bytes_at_a_time(tmp_path: Path) -> None:
-    print_ptx = (
-        "from qlora_kernels.ahead_of_time import compile_variant, variants\n"
-        "chosen = [v for v in variants('dequantize_triton') if v.name == 'dequantize_bf16_block64_nested256']\n"
-        "for target in ('sm_80', 'sm_90'): print(compile_variant(*chosen, target).asm['ptx'])"
-    )
-    programs = _run(tmp_path, "-c", print_ptx).split(".version")[1:]
-    assert len(programs) == 2
-    for ptx in programs:
+_PRINT_STAGES = """
+import json
+from qlora_kernels.ahead_of_time import compile_variant, variants
+
+for module, name in (
+    ("dequantize_triton", "dequantize_bf16_block64_nested256"),
+    ("quantize_triton", "quantize_nf4_bf16_block64"),
+):
+    [variant] = [each for each in variants(module) if each.name == name]
+    for target in ("sm_80", "sm_90"):
+        stages = compile_variant(variant, target).asm
+        print(json.dumps([stages["ttgir"], stages["ptx"]]))
+"""
+
+
+def _layout(ttgir: str, access: str) -> str:
+    """How the threads share the 16-bit weights that `access` reads or writes."""
+    [name] = re.findall(rf"{re.escape(access)} .*x!tt.ptr<bf16>, (#\w+)>", ttgir)
+    return re.search(rf"^{name} = (.*)$", ttgir, re.MULTILINE)[1]
+
+
+def test_a_warp_moves_codes_and_16_bit_weights_16_bytes_a_thread_side_by_side(tmp_path: Path) -> None:
+    compiled = [json.loads(line) for line in _run(tmp_path, "-c", _PRINT_STAGES).splitlines()]
+    side_by_side = "sizePerThread = [1, 8], threadsPerWarp = [4, 8], warpsPerCTA = [4, 1], order = [1, 0]"
+    assert len(compiled) == 4
+    for ttgir, ptx in compiled[:2]:
+        assert side_by_side in _layout(ttgir, "tt.store")
         assert set(re.findall(r"\bst\.global\S*", ptx)) == {"st.global.v4.b32"}
         assert len(re.findall(r"\bld\.global\.L1::evict_first\S*\.v4\.b32", ptx)) == 1
         assert "cvt.rn.bf16x2.f32" in ptx
+    for ttgir, ptx in compiled[2:]:
+        assert side_by_side in _layout(ttgir, "tt.load")
+        assert len(re.findall(r"\bld\.global\.L1::evict_first\S*\.v4\.b32", ptx)) == 4
+        assert len(re.findall(r"\bst\.global\.v4\.b32", ptx)) == 1
+        # Maxima of blocks alone are written by single words, and no reciprocal is approximated.
+        assert len(re.findall(r"\bst\.global\.b32", ptx)) == 1
+        assert "div.rn.f32" in ptx
+        assert not re.search(r"div\.(full|approx)|rcp\.approx|\.ftz", ptx)
