@@ -124,6 +124,8 @@ struct path {
     /* Products of rows and vectors in LANES running sums each, by fused multiply-add: sums [row][vector]. NULL for the
        portable path, which is not so picky about the rows. */
     void (*multiply)(const struct rows *rows, float *sums);
+    /* As the function of that name below, but for which NaN a NaN becomes. */
+    void (*find_scales)(const struct dequantization *q, int64_t first, int64_t stop, float *scales);
 };
 
 extern const struct path portable_path;
@@ -132,6 +134,7 @@ extern const struct path avx2_path;
 extern const struct path avx512_path;
 void avx2_multiply(const struct rows *rows, float *sums);
 void avx512_multiply(const struct rows *rows, float *sums);
+void avx512_find_scales(const struct dequantization *q, int64_t first, int64_t stop, float *scales);
 #endif
 
 /* That of a number that `runs_path` has agreed to. */

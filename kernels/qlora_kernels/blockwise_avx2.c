@@ -241,6 +241,6 @@ TARGET static void add_squares(enum dtype dtype, const uint8_t *weight, const fl
     SPECIALISED(squares, dtype, weight, approximation, n, errors, sizes);
 }
 
-const struct path avx2_path = {find_maxima, encode, decode, add_squares, avx2_multiply};
+const struct path avx2_path = {find_maxima, encode, decode, add_squares, avx2_multiply, find_scales};
 
 #endif

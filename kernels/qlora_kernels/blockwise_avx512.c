@@ -223,6 +223,6 @@ TARGET static void add_squares(enum dtype dtype, const uint8_t *weight, const fl
     SPECIALISED(squares, dtype, weight, approximation, n, errors, sizes);
 }
 
-const struct path avx512_path = {find_maxima, encode, decode, add_squares, avx512_multiply};
+const struct path avx512_path = {find_maxima, encode, decode, add_squares, avx512_multiply, avx512_find_scales};
 
 #endif

@@ -103,7 +103,7 @@ static void find_step_scales(const struct dequantization *q, int64_t step, int64
 {
     int64_t steps = q->block_size / step;
     if (steps == 1)
-        find_scales(q, first, stop, scales);
+        path_of(q->path)->find_scales(q, first, stop, scales);
     else
         for (int64_t i = first; i < stop; i++)
             find_scales(q, i / steps, i / steps + 1, scales + (i - first));

@@ -9,6 +9,26 @@
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
 #define INLINE ALWAYS_INLINE TARGET
 
+/* Sixteen scales by one look-up in memory. */
+TARGET void avx512_find_scales(const struct dequantization *q, int64_t first, int64_t stop, float *scales)
+{
+    if (q->nested_absmax == NULL) {
+        find_scales(q, first, stop, scales);
+        return;
+    }
+    const __m512 offset = _mm512_set1_ps(float_at(q->offset, 0));
+    for (int64_t block = first; block < stop;) {
+        int64_t group = block / q->nested_block_size, end = smaller((group + 1) * q->nested_block_size, stop);
+        __m512 nested = _mm512_set1_ps(float_at(q->nested_absmax, group));
+        for (; block < end; block = smaller(block + 16, end)) {
+            __mmask16 here = (__mmask16)(0xffff >> (16 - smaller(16, end - block)));
+            __m512i codes = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(here, q->absmax + block));
+            __m512 levels = _mm512_i32gather_ps(codes, q->nested_levels, 4);
+            _mm512_mask_storeu_ps(scales + (block - first), here, _mm512_add_ps(_mm512_mul_ps(levels, nested), offset));
+        }
+    }
+}
+
 /* By halves, as everywhere. */
 INLINE float total_of(__m512 lanes)
 {

@@ -165,4 +165,4 @@ static void add_squares(enum dtype dtype, const uint8_t *weight, const float *ap
     SPECIALISED(squares, dtype, weight, approximation, n, errors, sizes);
 }
 
-const struct path portable_path = {find_maxima, encode, decode, add_squares, NULL};
+const struct path portable_path = {find_maxima, encode, decode, add_squares, NULL, find_scales};
