@@ -62,6 +62,8 @@ INLINE void multiply_tile(int R, int V, const struct rows *rows, int64_t row, in
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++) {
                 /* A byte becomes 32 bits, of which a look-up heeds the low four. */
+                /* The next rows' codes: each row is too short for the processor to see them coming. */
+                __builtin_prefetch(codes + (r + R) * bytes + i / 2);
                 __m512i pairs =
                     _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(codes + r * bytes + i / 2)));
                 firsts[r] = _mm512_permutexvar_ps(_mm512_srli_epi32(pairs, 4), values[r]);
