@@ -11,6 +11,9 @@ from qlora_pipe.errors import NonFiniteError, UsageProblem
 from qlora_pipe.generate.graph import CapturedSteps
 from qlora_pipe.generate.steps import CausalModel, EagerSteps, Steps
 
+# What probabilities are fractions of. In double, it and all below are exact.
+_WHOLE = 2**52
+
 
 def generate(
     model: CausalModel,
@@ -80,11 +83,10 @@ def _drawn(
     end = len(ids) + room
     steps.begin(ids, room=room)
     for position in range(len(ids), end):
-        # Sorted where the logits are: on a CPU that takes longer than a step on a GPU.
-        logits, order = steps.logits.sort(descending=True, stable=True)
-        logits = logits.cpu()
-        _require_finite(float(logits[0]), position)
-        token = int(order[_draw(logits / temperature, top_p, draws)])
+        fraction = float(torch.rand((), dtype=torch.float64, generator=draws))
+        top, drawn = _draw(steps.logits, temperature=temperature, top_p=top_p, fraction=fraction)
+        _require_finite(float(top), position)
+        token = int(drawn)
         yield token
         if position + 1 < end:
             steps.go_on(token)
@@ -98,11 +100,17 @@ def _require_finite(top: float, position: int) -> None:
         )
 
 
-def _draw(logits: Tensor, top_p: float, draws: torch.Generator) -> int:
-    """Draw a place among logits that fall."""
-    # On the CPU and in double, so that a seed gives the same draw wherever the model is.
-    probabilities = logits.double().softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities
+def _draw(logits: Tensor, *, temperature: float, top_p: float, fraction: float) -> tuple[Tensor, Tensor]:
+    """Give the largest of logits [V], and the id at a `fraction`, in [0, 1), of what may be drawn; both on its device.
+
+    Where logits are not finite, any id.
+    """
+    falling, ids = logits.sort(descending=True, stable=True)
+    # Whole numbers sum to the same in every order: a GPU adds up in another one each time.
+    shares = ((falling.double() / temperature).softmax(-1) * _WHOLE).long()
+    up_to = shares.cumsum(-1)
     # The likeliest token has nothing before it and always stays.
-    kept = torch.where(before < top_p, probabilities, 0.0)
-    return int(torch.multinomial(kept, 1, generator=draws))
+    kept = torch.where(up_to - shares < top_p * _WHOLE, shares, 0).sum()
+    target = (kept * fraction).long().minimum(kept - 1)
+    place = torch.searchsorted(up_to, target, right=True).clamp(max=len(ids) - 1)
+    return falling[0], ids.gather(0, place[None])
