@@ -307,4 +307,6 @@ def _variant(dtype: torch.dtype, *, m: int, count: int = 3, nested: bool = True,
         f"quantized_matmul_{_NAMES[dtype]}_m{m}_weights{count}"
         f"_{'double_quant' if nested else 'plain'}{'' if aligned else '_crossing'}"
     )
-    return Variant(name, quantized_matmul_kernel, signature, constants, options, (*sizes, "nested_block_size"))
+    # It keeps a row's running sums and the weights that meet them, and hides the memory's latency by long rows.
+    most = 255
+    return Variant(name, quantized_matmul_kernel, signature, constants, options, (*sizes, "nested_block_size"), most)
