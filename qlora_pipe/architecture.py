@@ -51,6 +51,9 @@ class Architecture:
     adapt: tuple[str, ...]
     """Linear modules that get a LoRA adapter, such as `model.layers.*.mlp.*_proj`."""
 
+    packs: bool = False
+    """Whether the model keeps apart the samples of a row that holds several: it reads the `packing` of its `embed`."""
+
     ties: Callable[[Mapping[str, Any]], Mapping[str, str]] = no_ties
     """From a config: parameters that share another's storage, {"lm_head.weight": "model.embed_tokens.weight"}."""
 

@@ -61,7 +61,7 @@ class FinetuneConfig:
     """Settings of which one at most may be given."""
 
     steps: int = setting(1875, "Optimizer steps.", at_least=1)
-    batch_size: int = setting(16, "Samples in one forward pass.", at_least=1)
+    batch_size: int = setting(16, "Samples in one forward pass; rows, where they are packed.", at_least=1)
     accumulate: int = setting(1, "Forward passes per optimizer step.", at_least=1)
     learning_rate: float = setting(2e-4, "Learning rate of AdamW, constant after the warm-up.", above=0)
     warmup_steps: int = setting(0, "Steps in which the learning rate rises linearly from zero.", at_least=0)
@@ -72,6 +72,10 @@ class FinetuneConfig:
     alpha: float = setting(16.0, "LoRA's alpha: the adapter's product is scaled by alpha / rank.", above=0)
     dropout: float = setting(0.1, "Share of each adapter's inputs that is dropped in training.", at_least=0, below=1)
     max_tokens: int = setting(512, "Longest sample, in tokens; longer ones are cut and counted.", at_least=2)
+    pack: bool = setting(
+        False,
+        "Put several samples into each row of at most max_tokens tokens, so that little is padded; none sees another.",
+    )
     held_out: float = setting(0.1, "Share of the samples kept for evaluation.", at_least=0, below=1)
     eval_data: str | None = setting(None, "Data to evaluate on, NAME:PATH, in place of a held-out share.")
     eval_every: int = setting(0, "Steps between evaluations; 0 evaluates at the start and the end only.", at_least=0)
@@ -88,6 +92,11 @@ class FinetuneConfig:
         0, "CPU threads; 0 leaves torch's own choice. The last bits of a run depend on it.", at_least=0
     )
     load: Load = setting("mmap", "Map the model's files, or read them: the better way for a network disk.")
+
+    @property
+    def row_tokens(self) -> int | None:
+        """The most tokens in a row of several samples; None where each sample is a row."""
+        return self.max_tokens if self.pack else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

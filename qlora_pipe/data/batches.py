@@ -1,91 +1,141 @@
-"""Batches of samples: the endless stream to train on, which any position gives again, and a fixed pass to evaluate."""
+"""Batches of samples: the endless stream to train on, which any position gives again, and a fixed pass to evaluate.
 
+A row of a batch is one sample or, packed, several one after the other.
+"""
+
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qlora_pipe.data.encode import Sample
 from qlora_pipe.data.order import epoch_order
+from qlora_pipe.data.pack import pack, pack_epoch
+from qlora_pipe.nn.packing import Packing
 
 IGNORE = -100
 """The label of a position that is not trained."""
 
 PAD_ID = 0
-"""Stands after a sample's end. No model or loss looks for it: its label is IGNORE, and it comes last."""
+"""Stands after a row's end. No model or loss looks for it: its label is IGNORE, and it comes last."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Batch:
-    """Samples side by side, padded on the right."""
+    """Rows of samples, padded on the right."""
 
     ids: Tensor
     """[B, T], int64: what the model reads."""
     labels: Tensor
-    """[B, T], int64: labels[b, t] is the id that should follow ids[b, :t + 1], or IGNORE."""
+    """[B, T], int64: labels[b, t] is the id that should follow ids[b, t] in its sample, or IGNORE."""
     tokens: int
     """Ids that are no padding."""
     trained: int
     """Labels that are not IGNORE."""
     origins: tuple[str, ...]
+    packing: Packing | None = None
+    """Where samples begin, in rows that may hold several; None where each holds one."""
+
+    def packing_on(self, device: torch.device) -> Packing | None:
+        """The packing as a model on a device takes it."""
+        return None if self.packing is None else self.packing.to(device)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Cursor:
-    """A place in the stream over `samples` samples."""
+class Place(NamedTuple):
+    """A place in the stream of rows."""
 
-    position: int
-    """Samples taken so far, over all epochs."""
-    samples: int
-
-    @property
-    def epoch(self) -> int:
-        """Epochs that are complete."""
-        return self.position // self.samples
-
-    @property
-    def index(self) -> int:
-        """Samples taken of the epoch that has begun."""
-        return self.position % self.samples
-
-    def advanced(self, count: int) -> "Cursor":
-        """Give the place `count` samples on."""
-        return Cursor(position=self.position + count, samples=self.samples)
+    epoch: int
+    """Epochs that are complete."""
+    row: int
+    """Rows taken of the epoch that has begun."""
 
 
-def stream_index(position: int, *, samples: int, seed: int) -> int:
-    """Say which of the samples stands at a position of the stream: each epoch visits every one, in its own order."""
-    cursor = Cursor(position=position, samples=samples)
-    return int(epoch_order(samples, seed=seed, epoch=cursor.epoch)[cursor.index])
+class Stream:
+    """The endless sequence of rows to train on: each epoch has every sample once, in an order of its own.
+
+    With `row_tokens` samples are packed into rows of at most so many tokens, which no sample may exceed; without, each
+    is a row. What stands at a position follows from the samples' lengths, the seed and `row_tokens` alone.
+    """
+
+    def __init__(self, samples: Sequence[Sample], *, seed: int, row_tokens: int | None = None) -> None:
+        self._samples, self._seed, self._row_tokens = samples, seed, row_tokens
+        self._lengths = [_inputs(sample) for sample in samples]
+        # Epochs need not have equally many rows: position at which each begins, as far as they are known.
+        self._starts = [0]
+        self._packed: dict[int, list[list[int]]] = {}
+
+    def place(self, position: int) -> Place:
+        """Say where in its epochs a position, in rows from the beginning of training, lies."""
+        if self._row_tokens is None:
+            return Place(*divmod(position, len(self._samples)))
+        while self._starts[-1] <= position:
+            self._starts.append(self._starts[-1] + len(self._rows_of(len(self._starts) - 1)))
+        epoch = bisect_right(self._starts, position) - 1
+        return Place(epoch, position - self._starts[epoch])
+
+    def row(self, position: int) -> list[int]:
+        """Give the indices of the samples in the row at a position."""
+        epoch, row = self.place(position)
+        if self._row_tokens is None:
+            return [int(epoch_order(len(self._samples), seed=self._seed, epoch=epoch)[row])]
+        return self._rows_of(epoch)[row]
+
+    def batch(self, position: int, *, rows: int) -> Batch:
+        """Give the batch of so many rows that begins at a position."""
+        picked = [[self._samples[index] for index in self.row(at)] for at in range(position, position + rows)]
+        return collate(picked, packed=self._row_tokens is not None)
+
+    def _rows_of(self, epoch: int) -> list[list[int]]:
+        assert self._row_tokens is not None
+        if epoch not in self._packed:
+            # A loop asks for the same epoch again and again, and for two at their border.
+            self._packed = {each: rows for each, rows in self._packed.items() if each == epoch - 1}
+            self._packed[epoch] = pack_epoch(self._lengths, capacity=self._row_tokens, seed=self._seed, epoch=epoch)
+        return self._packed[epoch]
 
 
-def batch_at(samples: Sequence[Sample], *, seed: int, position: int, batch_size: int) -> Batch:
-    """Give the batch that begins at a position of the stream; a pure function of its arguments."""
-    positions = range(position, position + batch_size)
-    return collate([samples[stream_index(at, samples=len(samples), seed=seed)] for at in positions])
+def eval_batches(samples: Sequence[Sample], *, batch_size: int, row_tokens: int | None = None) -> Iterator[Batch]:
+    """Yield every sample once, the longest first, so that little is padded and memory peaks at the start.
 
-
-def eval_batches(samples: Sequence[Sample], *, batch_size: int) -> Iterator[Batch]:
-    """Yield every sample once, the longest first, so that little is padded and memory peaks at the start."""
+    With `row_tokens` they are packed into rows of at most so many tokens; `batch_size` counts rows.
+    """
     ordered = sorted(samples, key=lambda sample: -len(sample.ids))
-    for start in range(0, len(ordered), batch_size):
-        yield collate(ordered[start : start + batch_size])
+    rows = [[index] for index in range(len(ordered))]
+    if row_tokens is not None:
+        rows = pack(range(len(ordered)), [_inputs(sample) for sample in ordered], capacity=row_tokens)
+    for start in range(0, len(rows), batch_size):
+        picked = [[ordered[index] for index in row] for row in rows[start : start + batch_size]]
+        yield collate(picked, packed=row_tokens is not None)
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Set samples side by side: the model reads all ids but the last, and its labels are those one place on."""
-    lengths = [len(sample.ids) - 1 for sample in samples]
-    ids = torch.full((len(samples), max(lengths)), PAD_ID, dtype=torch.int64)
+def collate(rows: Sequence[Sequence[Sample]], *, packed: bool = False) -> Batch:
+    """Set samples in rows: the model reads all ids of each but the last, and its labels are those one place on."""
+    assert packed or all(len(row) == 1 for row in rows), "only packed rows hold several samples"
+    lengths = [[_inputs(sample) for sample in row] for row in rows]
+    width = max(map(sum, lengths))
+    ids = torch.full((len(rows), width), PAD_ID, dtype=torch.int64)
     labels = torch.full_like(ids, IGNORE)
-    for row, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
-        sequence = torch.from_numpy(sample.ids).long()
-        ids[row, :length] = sequence[:-1]
-        labels[row, :length] = sequence[1:].where(torch.from_numpy(sample.trained)[1:], IGNORE)
+    for row, samples in enumerate(rows):
+        start = 0
+        for sample in samples:
+            end = start + _inputs(sample)
+            sequence = torch.from_numpy(sample.ids).long()
+            ids[row, start:end] = sequence[:-1]
+            labels[row, start:end] = sequence[1:].where(torch.from_numpy(sample.trained)[1:], IGNORE)
+            start = end
     return Batch(
         ids=ids,
         labels=labels,
-        tokens=sum(lengths),
-        trained=sum(int(sample.trained.sum()) for sample in samples),
-        origins=tuple(sample.origin for sample in samples),
+        tokens=sum(map(sum, lengths)),
+        trained=sum(int(sample.trained.sum()) for row in rows for sample in row),
+        origins=tuple(sample.origin for row in rows for sample in row),
+        packing=Packing.of(lengths, width=width) if packed else None,
     )
+
+
+def _inputs(sample: Sample) -> int:
+    """How many of a sample's ids the model reads: the last is only a label."""
+    return len(sample.ids) - 1

@@ -6,8 +6,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-# One seed serves two purposes, whose draws must not be the same.
-_PURPOSES = {"held-out": 0, "epoch": 1}
+# One seed serves several purposes, whose draws must not be the same.
+_PURPOSES = {"held-out": 0, "epoch": 1, "rows": 2}
 
 
 def held_out_order(count: int, *, seed: int) -> NDArray[np.int64]:
@@ -24,7 +24,14 @@ def epoch_order(count: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
     return order
 
 
-def _permutation(count: int, *, purpose: Literal["held-out", "epoch"], seed: int, epoch: int) -> NDArray[np.int64]:
+def row_order(count: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Give the indices [count] of an epoch's packed rows in the order in which they are visited."""
+    return _permutation(count, purpose="rows", seed=seed, epoch=epoch)
+
+
+def _permutation(
+    count: int, *, purpose: Literal["held-out", "epoch", "rows"], seed: int, epoch: int
+) -> NDArray[np.int64]:
     # numpy keeps raw bits and SeedSequence the same for ever, but not what Generator.permutation makes of them.
     keys = np.random.PCG64(np.random.SeedSequence([seed, _PURPOSES[purpose], epoch])).random_raw(count)
     return np.argsort(keys, kind="stable").astype(np.int64)

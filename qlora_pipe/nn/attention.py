@@ -1,16 +1,56 @@
 """Causal attention over queries that may have fewer keys and values than heads."""
 
+import inspect
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qlora_pipe.nn.packing import Packing
 
-def causal_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attend from each position to itself and to those before it.
+
+def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, *, packing: Packing | None = None) -> Tensor:
+    """Attend from each position to itself and to those before it, in its own sample where a row holds several.
 
     queries [B, H, T, D]; keys and values [B, KV, S, D], H a multiple of KV: each key head serves H / KV query heads
-    in a row (arXiv 2305.13245). The T queries are the last T of the S positions. Gives [B, T, H * D].
+    in a row (arXiv 2305.13245). The T queries are the last T of the S positions; with a packing T is S. Gives
+    [B, T, H * D]; at padding it is finite and means nothing.
     """
+    if packing is None:
+        return _whole(queries, keys, values)
+    if _flash_takes(queries):
+        return flash_packed(queries, keys, values, packing)
+    return _sample_by_sample(queries, keys, values, packing)
+
+
+def flash_packed(queries: Tensor, keys: Tensor, values: Tensor, packing: Packing) -> Tensor:
+    """The same for packed rows in one kernel, which is told where samples begin (FlashAttention-2, arXiv 2307.08691).
+
+    It takes float16 and bfloat16 on a GPU from the Ampere generation on, and needs torch 2.10.
+    """
+    # Older versions of torch have no such module.
+    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415
+
+    # [B, H, T, D] -> [B * T, H, D], which is how the projections made them: no copy.
+    q, k, v = (each.transpose(1, 2).flatten(0, 1) for each in (queries, keys, values))
+    known = _arguments(varlen_attn)
+    settings: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    shared = q.shape[1] // k.shape[1]
+    if shared > 1 and "enable_gqa" in known:
+        settings["enable_gqa"] = True
+    elif shared > 1:
+        k, v = (each.repeat_interleave(shared, dim=1) for each in (k, v))
+    # Padding is computed too: left out, it would keep whatever was in memory, and a NaN there would reach gradients.
+    starts, longest = packing.boundaries, packing.longest
+    mixed = cast(Tensor, varlen_attn(q, k, v, starts, starts, longest, longest, **settings))
+    return mixed.view(queries.shape[0], queries.shape[2], -1)
+
+
+def _whole(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     n_queries, n_keys = queries.shape[2], keys.shape[2]
     mask = None
     if 1 < n_queries < n_keys:
@@ -24,3 +64,39 @@ def causal_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         enable_gqa=queries.shape[1] != keys.shape[1],
     )
     return mixed.transpose(1, 2).flatten(2)
+
+
+def _sample_by_sample(queries: Tensor, keys: Tensor, values: Tensor, packing: Packing) -> Tensor:
+    """Attend in each sample as if it were alone: no mask, and no product of two samples is ever computed."""
+    mixed = []
+    # A split has one backward for all its pieces; slices would make a gradient of the whole for each.
+    rows = zip(*(torch.split(each, 1) for each in (queries, keys, values)), strict=True)
+    for lengths, row in zip(packing.lengths, rows, strict=True):
+        *samples, padding = zip(*(torch.split(each, list(lengths), dim=2) for each in row), strict=True)
+        mixed += [_whole(*sample) for sample in samples]
+        mixed.append(torch.zeros_like(padding[0]).transpose(1, 2).flatten(2))
+    # Rows end to end, in one copy.
+    return torch.cat(mixed, dim=1).view(queries.shape[0], queries.shape[2], -1)
+
+
+def _flash_takes(queries: Tensor) -> bool:
+    head_dim = queries.shape[-1]
+    return (
+        queries.is_cuda
+        and queries.dtype in (torch.float16, torch.bfloat16)
+        and head_dim % 8 == 0
+        and head_dim <= 256
+        and torch.cuda.get_device_capability(queries.device) >= (8, 0)
+        and _torch_has_flash()
+    )
+
+
+@cache
+def _torch_has_flash() -> bool:
+    return find_spec("torch.nn.attention.varlen") is not None
+
+
+@cache
+def _arguments(function: Callable[..., Any]) -> frozenset[str]:
+    """What a function of torch takes, which differs between its versions."""
+    return frozenset(inspect.signature(function).parameters)

@@ -51,7 +51,8 @@ class KVCache:
 
     def turns(self, rotary: Rotary, count: int, *, like: Tensor) -> tuple[Tensor, Tensor]:
         """Tables of the positions behind the filled ones."""
-        return rotary.tables(self.length, self.length + count, like=like)
+        end = self.length + count
+        return rotary.tables(torch.arange(self.length, end, device=like.device), length=end, like=like)
 
     def attend(
         self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, *, cosines: Tensor, sines: Tensor

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qlora_pipe.nn.cache import Cache, KVCache
+from qlora_pipe.nn.packing import Packing
 
 
 class CausalModel(nn.Module, abc.ABC):
@@ -22,10 +23,12 @@ class CausalModel(nn.Module, abc.ABC):
         """The blocks in the order they run. Each is called with the state [B, T, D] and what `embed` gave besides."""
 
     @abc.abstractmethod
-    def embed(self, ids: Tensor, *, cache: Cache | None = None) -> tuple[Tensor, Any]:
+    def embed(self, ids: Tensor, *, cache: Cache | None = None, packing: Packing | None = None) -> tuple[Tensor, Any]:
         """Ids [B, T] -> the state [B, T, D] before the first block, and what every block is told besides it.
 
-        The second is one object, never changed by a block; positions, masks and the cache travel in it.
+        The second is one object, never changed by a block; positions, masks, the cache and the packing travel in it.
+        A packing says where in the rows samples begin that must not see each other; it comes only where the
+        Architecture says `packs`, and never together with a cache.
         """
 
     @abc.abstractmethod
@@ -41,13 +44,13 @@ class CausalModel(nn.Module, abc.ABC):
         """The matrix [vocabulary, D] where the head is the product with it, frozen; then no logits are ever kept."""
         return None
 
-    def hidden(self, ids: Tensor, *, cache: Cache | None = None) -> Tensor:
+    def hidden(self, ids: Tensor, *, cache: Cache | None = None, packing: Packing | None = None) -> Tensor:
         """Ids [B, T] -> the last hidden states [B, T, D].
 
         Padding goes to the right, where attention never looks. With a cache, `ids` go on from what it holds, and are
-        added to it.
+        added to it. With a packing, rows hold several samples, none of which sees another.
         """
-        state, told = self.embed(ids, cache=cache)
+        state, told = self.embed(ids, cache=cache, packing=packing)
         for block in self.blocks:
             state = block(state, told)
         if cache is not None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qlora_pipe.nn.fields import Fields
+from qlora_pipe.nn.packing import Packing
 
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 MOST_POSITIONS = 2**30
@@ -108,25 +109,41 @@ class Rotary:
         self._magnitude = magnitude
         self._placed: dict[torch.device, Tensor] = {}
 
-    def tables(self, start: int, end: int, *, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Give cosines and sines [end - start, head_dim] of the positions, in the type and on the device of `like`."""
-        positions = torch.arange(start, end, device=like.device).to(torch.float32)
-        return self._turns(torch.outer(positions, self._frequencies_for(end, like.device)), like)
+    def tables(self, positions: Tensor, *, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Give cosines and sines [..., head_dim] of positions [...] in a sequence that is `length` tokens long by now.
+
+        They have the type of `like` and lie, as the positions do, on its device.
+        """
+        return self._turned(positions, self._for_length(length, like.device), like.dtype)
 
     def step_tables(self, end: int, *, like: Tensor) -> Tensor:
-        """Give for every position below `end` what `tables(position, position + 1)` gives: [end, 2, head_dim]."""
+        """Give for each position below `end` its cosines and sines in a sequence that ends there: [end, 2, head_dim]."""
+        positions = torch.arange(end, device=like.device)
         if not callable(self._frequencies):
-            return torch.stack(self.tables(0, end, like=like), dim=1)
+            return torch.stack(self.tables(positions, length=end, like=like), dim=1)
         rule = self._frequencies
-        angles = torch.stack([position * rule(position + 1) for position in range(end)]).to(like.device)
-        return torch.stack(self._turns(angles, like), dim=1)
+        each = torch.stack([rule(position + 1) for position in range(end)]).to(like.device)
+        return torch.stack(self._turned(positions, each, like.dtype), dim=1)
 
-    def _turns(self, angles: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        angles = angles.repeat(1, 2)
+    def packed_tables(self, packing: Packing, *, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Give cosines and sines [B, T, head_dim] of packed rows, in which the positions of each sample begin at 0.
+
+        Where frequencies depend on a sequence's length, a sample's depend on its own, and on none beside it.
+        """
+        if not callable(self._frequencies):
+            return self._turned(packing.positions, self._for_length(packing.longest, like.device), like.dtype)
+        each_N = torch.stack([self._frequencies(length) for length in packing.spans]).to(like.device)
+        # The size is given so that a GPU need not be asked for the sum.
+        each_BT = each_N.repeat_interleave(packing.boundaries.diff(), dim=0, output_size=packing.positions.numel())
+        return self._turned(packing.positions, each_BT.view(*packing.positions.shape, -1), like.dtype)
+
+    def _turned(self, positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        angles = positions.to(torch.float32)[..., None] * frequencies
+        angles = torch.cat((angles, angles), dim=-1)
         cosines, sines = angles.cos() * self._magnitude, angles.sin() * self._magnitude
-        return cosines.to(like.dtype), sines.to(like.dtype)
+        return cosines.to(dtype), sines.to(dtype)
 
-    def _frequencies_for(self, length: int, device: torch.device) -> Tensor:
+    def _for_length(self, length: int, device: torch.device) -> Tensor:
         if callable(self._frequencies):
             return self._frequencies(length).to(device)
         # A copy to a GPU in every forward pass would wait for it.

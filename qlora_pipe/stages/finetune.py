@@ -45,6 +45,8 @@ def finetune(
     with stop_flag() as stop:
         base = open_model(request.base, load=config.load, note=note)
         architecture = find_architecture(manager, base.config.get("model_type"))
+        if config.pack and not architecture.packs:
+            raise ConfigError(f"models of the family {architecture.name} cannot be trained with --pack; leave it out.")
         tokenizer = Tokenizer.open(base.path)
         start = Adapter.open(config.adapter, load=config.load) if config.adapter else None
         _check_start(base, start, note=note)

@@ -61,7 +61,7 @@ class BlockwisePass:
         # One draw for a batch: the masks do not depend on how often, or in which order, blocks run.
         seeds = [int(torch.randint(_SEEDS, ())) if self._drops else 0 for _ in batches]
         with torch.no_grad():
-            begun = [model.embed(sent(batch.ids, device)) for batch in batches]
+            begun = [model.embed(sent(batch.ids, device), packing=batch.packing_on(device)) for batch in batches]
         states, told = [state for state, _ in begun], [told for _, told in begun]
         kept: list[list[_Visit]] = []
         keeps = self._recompute.choose(self._blocks, states, told)

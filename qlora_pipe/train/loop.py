@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qlora_pipe.config import FinetuneConfig
-from qlora_pipe.data.batches import batch_at, eval_batches
+from qlora_pipe.data.batches import Stream, eval_batches
 from qlora_pipe.data.encode import Sample
 from qlora_pipe.errors import NonFiniteError
 from qlora_pipe.nn.loaded import LoadedModel
@@ -31,7 +31,7 @@ class Job:
     model: LoadedModel
     state: TrainingState
     config: FinetuneConfig
-    train: Sequence[Sample]
+    stream: Stream
     held_out: Sequence[Sample]
     passes: BlockwisePass
     check_stop: Callable[[], None]
@@ -71,7 +71,7 @@ def evaluate(job: Job) -> float:
     """The mean loss per trained token of the held-out samples; NonFiniteError names the rows where there is none."""
     job.model.module.eval()
     total, tokens = 0.0, 0
-    for batch in eval_batches(job.held_out, batch_size=job.config.batch_size):
+    for batch in eval_batches(job.held_out, batch_size=job.config.batch_size, row_tokens=job.config.row_tokens):
         job.check_stop()
         loss = float(summed_loss(job.model, batch))
         if not math.isfinite(loss):
@@ -89,7 +89,7 @@ def _step(job: Job) -> dict[str, Any]:
     progress, config = job.state.progress, job.config
     start = progress.position - progress.micro_step * config.batch_size
     window = [
-        batch_at(job.train, seed=config.seed, position=start + index * config.batch_size, batch_size=config.batch_size)
+        job.stream.batch(start + index * config.batch_size, rows=config.batch_size)
         for index in range(config.accumulate)
     ]
     trained = sum(batch.trained for batch in window)

@@ -15,8 +15,9 @@ _ROWS = 1024
 
 
 def summed_loss(model: LoadedModel, batch: Batch) -> Tensor:
-    """Sum the cross-entropy over a batch's labels, in float32: a scalar."""
-    return loss_of_hidden(model, model.causal.hidden(sent(batch.ids, model.device)), batch)
+    """Sum the cross-entropy over a batch's labels, in float32 or, for a model in float64, in that: a scalar."""
+    hidden = model.causal.hidden(sent(batch.ids, model.device), packing=batch.packing_on(model.device))
+    return loss_of_hidden(model, hidden, batch)
 
 
 def loss_of_hidden(model: LoadedModel, hidden: Tensor, batch: Batch) -> Tensor:
@@ -33,10 +34,14 @@ def loss_of_hidden(model: LoadedModel, hidden: Tensor, batch: Batch) -> Tensor:
     if (weight := model.causal.head_weight) is not None:
         return head_loss(hidden_ND, weight, labels_N)
     parts = [
-        functional.cross_entropy(model.causal.head(rows).float(), labels, reduction="sum")
+        functional.cross_entropy(_at_least_float32(model.causal.head(rows)), labels, reduction="sum")
         for rows, labels in zip(torch.split(hidden_ND, _ROWS), torch.split(labels_N, _ROWS), strict=True)
     ]
     return torch.stack(parts).sum()
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

@@ -16,6 +16,7 @@ from qlora_formats.errors import CommitError
 from qlora_formats.manifest import difference
 from qlora_pipe.artifacts import Adapter, Run
 from qlora_pipe.config import FinetuneConfig
+from qlora_pipe.data.batches import Stream
 from qlora_pipe.data.encode import Sample
 from qlora_pipe.nn.adapt import adaptable, adapters_of, add_adapters, attach_adapter, describe_adapter
 from qlora_pipe.nn.loaded import LoadedModel
@@ -116,7 +117,7 @@ class Session:
                 passes=BlockwisePass(
                     self.model, recompute=RecomputePlan(self.config.recompute), offload=self.config.offload
                 ),
-                train=self.train,
+                stream=Stream(self.train, seed=self.config.seed, row_tokens=self.config.row_tokens),
                 held_out=self.held_out,
                 check_stop=self.stop.check,
                 report=report,

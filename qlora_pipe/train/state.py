@@ -24,7 +24,7 @@ class Progress:
     step: int = 0
     """Optimizer steps done."""
     position: int = 0
-    """Samples taken from the stream: epoch and index follow from it."""
+    """Rows taken from the stream, a sample each or several: the epoch, and the place in it, follow."""
     micro_step: int = 0
     """Forward passes done of the window that is open."""
     loss_sum: float = 0.0

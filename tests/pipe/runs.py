@@ -45,9 +45,10 @@ def write_rows(path: Path, *, count: int = 13) -> Path:
 
 
 def command(stage: str, *arguments: object, **settings: Any) -> list[str]:
-    """A command line: the arguments, then a flag per setting; None leaves a setting out."""
+    """A command line: the arguments, then a flag per setting, True being the flag alone; None leaves a setting out."""
     flags = [(f"--{name.replace('_', '-')}", value) for name, value in settings.items() if value is not None]
-    return [str(word) for word in (stage, *arguments, *(word for flag in flags for word in flag))]
+    words = (word for name, value in flags for word in ([name] if value is True else [name, value]))
+    return [str(word) for word in (stage, *arguments, *words)]
 
 
 def finetune_line(base: Path, rows: Path, out: Path, **settings: Any) -> list[str]:

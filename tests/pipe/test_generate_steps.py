@@ -102,7 +102,7 @@ def test_the_table_of_steps_holds_the_bits_of_each_positions_own(overrides: dict
     rotary, like = tiny_llama(**overrides).config.rotary, torch.empty(0)
     table = rotary.step_tables(40, like=like)
     for position in range(40):
-        own = torch.stack(rotary.tables(position, position + 1, like=like), dim=1)
+        own = torch.stack(rotary.tables(torch.tensor([position]), length=position + 1, like=like), dim=1)
         assert torch.equal(table[position : position + 1], own)
 
 

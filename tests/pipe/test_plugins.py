@@ -116,9 +116,10 @@ def test_the_documented_architecture_builds_and_runs() -> None:
     assert module(torch.tensor([[1, 2, 3]])).shape == (1, 3, 11)
 
 
-def test_the_documented_architecture_goes_through_the_whole_chain(tmp_path: Path) -> None:
-    manager, size, layers = load_plugins(example("qlora_toy")), 32, 2
-    source = tmp_path / "source"
+@pytest.fixture
+def toy_checkpoint(tmp_path: Path) -> Path:
+    """A checkpoint of the documented architecture, beside a text to train on."""
+    source, size, layers = tmp_path / "source", 32, 2
     torch.manual_seed(0)
     shapes = {"embed_tokens.weight": (260, size), "lm_head.weight": (260, size)}
     shapes |= {f"layers.{layer}.mix.weight": (size, size) for layer in range(layers)}
@@ -129,7 +130,19 @@ def test_the_documented_architecture_goes_through_the_whole_chain(tmp_path: Path
     config = {"model_type": "toy", "hidden_size": size, "vocab_size": 260, "num_hidden_layers": layers}
     (source / "config.json").write_text(json.dumps(config | {"eos_token_id": 2}))
     (tmp_path / "text.txt").write_text("to be or not to be that is the question " * 20)
+    return source
 
+
+def test_an_architecture_that_cannot_pack_refuses_to_before_anything_is_read(toy_checkpoint: Path) -> None:
+    out = toy_checkpoint.parent / "run"
+    request = FinetuneRequest(base=str(toy_checkpoint), data="text:nowhere", out=out, config=FinetuneConfig(pack=True))
+    with pytest.raises(ConfigError, match="models of the family toy cannot be trained with --pack; leave it out"):
+        finetune(request, manager=load_plugins(example("qlora_toy")))
+    assert not out.exists()
+
+
+def test_the_documented_architecture_goes_through_the_whole_chain(toy_checkpoint: Path, tmp_path: Path) -> None:
+    manager, source = load_plugins(example("qlora_toy")), toy_checkpoint
     quantize(Checkpoint.open(source), tmp_path / "store", QuantizeConfig(), manager=manager)
     settings = FinetuneConfig(steps=30, batch_size=4, rank=4, learning_rate=0.1, max_tokens=32, max_grad_norm=0)
     request = FinetuneRequest(

@@ -92,6 +92,7 @@ CELLS = {
     "store, 2 passes a step, dropout": ("store", {"save_every": 3}),
     "checkpoint, 1 pass a step, dropout": ("checkpoint", {"accumulate": 1, "save_every": 1, "eval_every": 3}),
     "store, 3 passes a step, no dropout": ("store", {"steps": 3, "accumulate": 3, "dropout": 0, "warmup_steps": 5}),
+    "store, packed": ("store", {"steps": 3, "pack": True, "max_tokens": 64}),
     "store in float16, scaled": ("store", {"steps": 4, "dtype": "float16", "weight_decay": 0.1}),
 }
 

@@ -171,7 +171,7 @@ def test_any_config_is_either_refused_or_gives_finite_tables(fields: dict[str, A
         config = LlamaConfig.read({**CONFIG, **fields, "rope_parameters": rope})
     except ConfigError:
         return
-    cosines, sines = config.rotary.tables(60, 70, like=torch.empty(0, dtype=torch.float64))
+    cosines, sines = config.rotary.tables(torch.arange(60, 70), length=70, like=torch.empty(0, dtype=torch.float64))
     assert cosines.shape == sines.shape == (10, config.head_dim)
     assert cosines.isfinite().all()
     assert sines.isfinite().all()

@@ -40,6 +40,7 @@ def register_architectures() -> list[Architecture]:
             quantize=tuple(f"{path}.weight" for path in _LINEARS),
             keep_16bit=("lm_head",),
             adapt=_LINEARS,
+            packs=True,
             ties=ties,
         )
     ]

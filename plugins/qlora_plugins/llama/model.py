@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Self, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -19,6 +20,7 @@ from qlora_pipe.nn.causal import CausalModel
 from qlora_pipe.nn.fields import Fields
 from qlora_pipe.nn.linear import frozen_weight, project
 from qlora_pipe.nn.norm import RMSNorm
+from qlora_pipe.nn.packing import Packing
 from qlora_pipe.nn.rotary import Rotary, rotary_from
 
 # Each of a gate and what it lets through; the projections' outputs are nobody else's, so backward may take their place.
@@ -89,8 +91,10 @@ class Told(NamedTuple):
     """What every block is told besides the state."""
 
     cosines: Tensor
+    """[T, head_dim], or [B, T, head_dim] where rows are packed."""
     sines: Tensor
     cache: Cache | None
+    packing: Packing | None
 
 
 class Attention(nn.Module):
@@ -115,7 +119,7 @@ class Attention(nn.Module):
         if told.cache is None:
             # Nobody else reads what was just projected.
             q, k = (rotate(part, told.cosines, told.sines, inplace=True) for part in (q, k))
-            mixed = causal_attention(q, k, v)
+            mixed = causal_attention(q, k, v, packing=told.packing)
         else:
             mixed = told.cache.attend(self.layer, q, k, v, cosines=told.cosines, sines=told.sines)
         projected: Tensor = self.o_proj(mixed)
@@ -185,15 +189,17 @@ class Llama(CausalModel):
         """The layers."""
         return cast(Sequence[nn.Module], self.model.layers)
 
-    def embed(self, ids: Tensor, *, cache: Cache | None = None) -> tuple[Tensor, Told]:
-        """Ids [B, T] -> [B, T, D]; a cache's tokens come before them."""
+    def embed(self, ids: Tensor, *, cache: Cache | None = None, packing: Packing | None = None) -> tuple[Tensor, Told]:
+        """Ids [B, T] -> [B, T, D]; a cache's tokens come before them, and a packing says where samples begin."""
         state: Tensor = self.model.embed_tokens(ids)
         rotary, count = self.config.rotary, ids.shape[1]
-        if cache is None:
-            cosines, sines = rotary.tables(0, count, like=state)
+        if packing is not None:
+            tables = rotary.packed_tables(packing, like=state)
+        elif cache is not None:
+            tables = cache.turns(rotary, count, like=state)
         else:
-            cosines, sines = cache.turns(rotary, count, like=state)
-        return state, Told(cosines, sines, cache)
+            tables = rotary.tables(torch.arange(count, device=state.device), length=count, like=state)
+        return state, Told(*tables, cache, packing)
 
     def finish(self, state: Tensor) -> Tensor:
         """The last norm."""
