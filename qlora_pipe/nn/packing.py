@@ -40,11 +40,14 @@ class Packing:
         )
 
     def to(self, device: torch.device) -> Self:
-        """The same with its tensors on a device; the copy is not waited for."""
+        """The same with its tensors on a device, which is not waited for."""
+        positions, boundaries = self.positions, self.boundaries
+        if device.type == "cuda":
+            positions, boundaries = positions.pin_memory(), boundaries.pin_memory()
         return type(self)(
             lengths=self.lengths,
-            positions=self.positions.to(device, non_blocking=True),
-            boundaries=self.boundaries.to(device, non_blocking=True),
+            positions=positions.to(device, non_blocking=True),
+            boundaries=boundaries.to(device, non_blocking=True),
             longest=self.longest,
         )
 

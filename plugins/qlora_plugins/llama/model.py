@@ -194,6 +194,7 @@ class Llama(CausalModel):
         state: Tensor = self.model.embed_tokens(ids)
         rotary, count = self.config.rotary, ids.shape[1]
         if packing is not None:
+            assert cache is None, "packed rows are for training, and have no cache"
             tables = rotary.packed_tables(packing, like=state)
         elif cache is not None:
             tables = cache.turns(rotary, count, like=state)
