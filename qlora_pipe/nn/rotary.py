@@ -117,7 +117,7 @@ class Rotary:
         return self._turned(positions, self._for_length(length, like.device), like.dtype)
 
     def step_tables(self, end: int, *, like: Tensor) -> Tensor:
-        """Give for each position below `end` its cosines and sines in a sequence that ends there: [end, 2, head_dim]."""
+        """Give each position below `end` its cosines and sines in a sequence that ends there: [end, 2, head_dim]."""
         positions = torch.arange(end, device=like.device)
         if not callable(self._frequencies):
             return torch.stack(self.tables(positions, length=end, like=like), dim=1)
