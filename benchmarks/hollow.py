@@ -10,7 +10,7 @@ import torch
 from qlora_formats.checkpoint import CONFIG, INDEX, shard_names
 from qlora_formats.layout import PAGE_BYTES, Piece, StorePlan, place
 from qlora_formats.manifest import MANIFEST, FileRecord, Manifest
-from qlora_formats.store import quantization_config
+from qlora_formats.store_writing import quantization_config
 from qlora_formats.strict_json import pretty
 from qlora_formats.tensorfile import header_bytes
 

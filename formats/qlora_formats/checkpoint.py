@@ -94,22 +94,22 @@ class CheckpointFolder:
 
     def info(self, name: str) -> TensorInfo:
         """Dtype, shape and place of one tensor; FormatError if the folder has none of that name."""
-        self._file_of(name)
+        self.file_of(name)
         return self.infos[name]
 
     def tensor(self, name: str) -> Tensor:
         """A view of the mapped shard or a new tensor, as `TensorFile.tensor`."""
-        return self._file_of(name).tensor(name)
+        return self.file_of(name).tensor(name)
 
     def release(self, name: str) -> None:
         """As `TensorFile.release`."""
-        self._file_of(name).release(name)
+        self.file_of(name).release(name)
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
         """The bytes of a few small tensors, shard by shard, without mapping one."""
         by_file: dict[TensorFile, list[str]] = {}
         for name in names:
-            by_file.setdefault(self._file_of(name), []).append(name)
+            by_file.setdefault(self.file_of(name), []).append(name)
         for file, wanted in by_file.items():
             yield from file.read(wanted)
 
@@ -123,7 +123,8 @@ class CheckpointFolder:
             require_inside(self.path, file)
         return found
 
-    def _file_of(self, name: str) -> TensorFile:
+    def file_of(self, name: str) -> TensorFile:
+        """The file that holds a tensor; FormatError if the folder has none of that name."""
         file = self._files.get(name)
         if file is None:
             raise FormatError(f"{self.path} has no tensor {name!r}")

@@ -41,9 +41,14 @@ class HeldFile:
         if os.fstat(self._fd).st_size != self._size:
             raise self._resized()
 
-    def mapped(self) -> mmap.mmap:
-        """The whole file as private memory: what is written to it never reaches the file."""
+    def mapped(self, *, shared: bool = False) -> mmap.mmap:
+        """The whole file as private memory: what is written to it never reaches the file.
+
+        `shared`: as the system's own copy of the file, which cannot be written to.
+        """
         try:
+            if shared:
+                return mmap.mmap(self._fd, self._size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
             protection = mmap.PROT_READ | mmap.PROT_WRITE
             return mmap.mmap(self._fd, self._size, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=protection)
         except (OSError, ValueError) as error:

@@ -135,6 +135,20 @@ class TensorFile:
             for begin, end, name in run:
                 yield name, bytes(data[begin - start : end - start])
 
+    def read_into(self, buffer: memoryview, *, start: int) -> None:
+        """Fill `buffer` with the file's bytes from `start` on, whatever they belong to; from any thread.
+
+        FormatError if the file has changed since `open`, or cannot be read.
+        """
+        self._file().read_into(buffer, start=start)
+
+    def shared(self) -> mmap.mmap:
+        """The whole file as memory that is the system's own copy of it: read-only, and a mapping of its own.
+
+        FormatError as `tensor`, and where the file cannot be mapped.
+        """
+        return self._file().mapped(shared=True)
+
     def _info(self, name: str) -> TensorInfo:
         info = self.infos.get(name)
         if info is None:

@@ -21,7 +21,8 @@ from qlora_formats.errors import FormatError
 from qlora_formats.journal import survey
 from qlora_formats.layout import StorePlan
 from qlora_formats.manifest import FileRecord, Manifest
-from qlora_formats.store import StoredWeight, write_store
+from qlora_formats.store import StoredWeight
+from qlora_formats.store_writing import write_store
 from qlora_formats.target import finished, partial_path, require_space
 from qlora_formats.tensorfile import TensorInfo
 from qlora_kernels.dispatch import squared_error

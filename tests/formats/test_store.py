@@ -17,7 +17,8 @@ from qlora_formats.errors import FormatError
 from qlora_formats.header import read_header
 from qlora_formats.layout import StorePlan
 from qlora_formats.manifest import Manifest
-from qlora_formats.store import Store, StoredWeight, is_store, write_store
+from qlora_formats.store import Store, StoredWeight, is_store
+from qlora_formats.store_writing import write_store
 
 Produce = Callable[[str], Any]
 Values = Callable[[StorePlan], Produce]

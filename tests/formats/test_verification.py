@@ -14,7 +14,7 @@ from qlora_formats.commit import commit_folder
 from qlora_formats.header import read_header
 from qlora_formats.layout import StorePlan
 from qlora_formats.manifest import MANIFEST, Manifest
-from qlora_formats.store import write_store
+from qlora_formats.store_writing import write_store
 from qlora_formats.verification import verify_folders
 
 Values = Callable[[StorePlan], Callable[[str], Any]]

@@ -24,7 +24,8 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from qlora_formats.commit import commit_folder
 from qlora_formats.layout import StorePlan
-from qlora_formats.store import Store, StoredWeight, quantization_config, write_store
+from qlora_formats.store import Store, StoredWeight
+from qlora_formats.store_writing import quantization_config, write_store
 from qlora_kernels import BLOCK_SIZES, quantize
 from qlora_kernels.dispatch import dequantize
 from qlora_kernels.levels import levels_of
