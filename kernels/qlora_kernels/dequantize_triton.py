@@ -103,7 +103,7 @@ def _options(bytes_per_weight: int) -> dict[str, Any]:
 def dequantize_triton(q: QuantizedTensor, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
     """The dense tensor [*q.shape] by one kernel launch; arguments and result as `blockwise.dequantize_reference`."""
     if out is None:
-        out = torch.empty(q.shape, dtype=dtype, device=q.codes.device)
+        out = torch.empty(q.shape, dtype=dtype, device=q.device)
     n = out.numel()
     nested = q.nested_absmax is not None
     dequantize_kernel[(math.ceil(n / _TILE),)](

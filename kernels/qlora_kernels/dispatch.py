@@ -34,16 +34,16 @@ def quantize(weight: Tensor, *, kind: Kind = "nf4", block_size: int = 64, double
 def dequantize(q: QuantizedTensor, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
     """The dense tensor [*q.shape], computed in float32 and rounded once to `dtype` (float64: only widened).
 
-    A tensor on a GPU, or any tensor in a process started with TRITON_INTERPRET=1, goes through the Triton kernel; one
-    on a CPU through the C kernels where they were built, else through plain torch. The bits are the same. `out`,
-    contiguous and of the result's shape, dtype and device, is written and returned if given. Raises ValueError if it
-    does not fit, and for other dtypes.
+    A tensor on a GPU (whose codes and absmax may lie in host memory that the driver holds), or any tensor in a process
+    started with TRITON_INTERPRET=1, goes through the Triton kernel; one on a CPU through the C kernels where they were
+    built, else through plain torch. The bits are the same. `out`, contiguous and of the result's shape, dtype and
+    device, is written and returned if given. Raises ValueError if it does not fit, and for other dtypes.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"cannot dequantize to {dtype}: choose float32, float16, bfloat16 or float64")
     if out is not None:
         _check_fits(out, q, dtype)
-    way = way_of(q.codes)
+    way = way_of(q.levels)
     if way == "triton":
         # As above.
         from qlora_kernels.dequantize_triton import dequantize_triton  # noqa: PLC0415
@@ -69,7 +69,7 @@ def squared_error(weight: Tensor, q: QuantizedTensor) -> tuple[float, float]:
 
 def _check_fits(out: Tensor, q: QuantizedTensor, dtype: torch.dtype) -> None:
     found = (tuple(out.shape), out.dtype, out.device)
-    wanted = (tuple(q.shape), dtype, q.codes.device)
+    wanted = (tuple(q.shape), dtype, q.device)
     if found != wanted or not out.is_contiguous():
         layout = "contiguous" if out.is_contiguous() else "not contiguous"
         raise ValueError(

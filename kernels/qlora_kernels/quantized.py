@@ -6,6 +6,7 @@ G = ceil(S / nested_block_size) groups of blocks.
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -34,3 +35,8 @@ class QuantizedTensor(NamedTuple):
     """Scales that share one nested scale; without double quantization of no effect."""
     shape: tuple[int, ...]
     """The shape of the dense tensor, N elements in row-major order."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is computed with. Codes and absmax may lie in host memory that this device reads, all else there."""
+        return self.levels.device
