@@ -13,6 +13,7 @@ from qlora_formats.loading import Load
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 Recompute = Literal["auto", "all", "none"]
+Residency = Literal["auto", "resident", "streamed", "mapped"]
 # What every generator involved takes.
 _SEEDS = 2**32 - 1
 
@@ -88,6 +89,11 @@ class FinetuneConfig:
         "auto", "Compute these blocks again in backward, which saves memory: all, none, or as many as must be (auto)."
     )
     offload: bool = setting(False, "Keep the inputs of blocks that are computed again in the host's memory.")
+    residency: Residency = setting(
+        "auto",
+        "Where the base's weights live: on the device (resident), in host memory, passing through the device block by"
+        " block (streamed) or read from there by the GPU (mapped); auto is resident where that fits, else streamed.",
+    )
     threads: int = setting(
         0, "CPU threads; 0 leaves torch's own choice. The last bits of a run depend on it.", at_least=0
     )
@@ -124,6 +130,11 @@ class GenerateConfig:
     seed: int = setting(0, "Seed of the draws.", at_least=0, at_most=_SEEDS)
     dtype: DType = setting("auto", "Compute in this type: auto is bfloat16 on a GPU that has it, float32 on a CPU.")
     device: Device = setting("auto", "Where to compute: auto is the GPU if there is one.")
+    residency: Residency = setting(
+        "auto",
+        "Where the base's weights live: on the device (resident), in host memory, passing through the device block by"
+        " block (streamed) or read from there by the GPU (mapped); auto is resident where that fits, else streamed.",
+    )
     load: Load = setting("mmap", "Map the model's files, or read them: the better way for a network disk.")
 
 

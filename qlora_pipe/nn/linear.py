@@ -1,7 +1,7 @@
 """Linear layers over a frozen base: 4-bit weights, and LoRA on top of 4-bit or 16-bit ones."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,21 +14,24 @@ from qlora_kernels.quantized_matmul import quantized_matmul, serves
 from qlora_kernels.scratch import Scratch
 from qlora_pipe.errors import DataError
 
+# What is small of a weight, and read as a whole before it is used.
+TABLES = ("levels", "nested_absmax", "nested_levels")
 _TENSORS = ("codes", "absmax", "levels", "nested_absmax", "nested_levels", "offset")
 
 
-def quantized_tensor(stored: StoredWeight, *, name: str) -> QuantizedTensor:
+def quantized_tensor(stored: StoredWeight, *, name: str, tables: Mapping[str, Tensor] | None = None) -> QuantizedTensor:
     """Join what a store holds of a weight with the arithmetic that reads it.
 
-    Raises DataError where the stored table of levels is neither NF4's nor FP4's, or the scales of the scales are not
-    finite: it would dequantise to nonsense.
+    `tables` gives the small tensors by their fields where those of `stored` are on their way to a device. Raises
+    DataError where the stored table of levels is neither NF4's nor FP4's, or the scales of the scales are not finite:
+    it would dequantise to nonsense.
     """
-    if recognise(stored.levels) != stored.kind:
+    tables = tables or {field: part for field in TABLES if (part := getattr(stored, field)) is not None}
+    if recognise(tables["levels"]) != stored.kind:
         raise DataError(f"{name}: its quant_map is not {stored.kind}'s table of levels; the file is of another format.")
     # These are few; the scales themselves are as many as blocks, and are not read before they are used.
-    for part in ("nested_absmax", "nested_levels"):
-        table = getattr(stored, part)
-        if table is not None and not bool(torch.isfinite(table).all()):
+    for part, table in tables.items():
+        if not bool(torch.isfinite(table).all()):
             raise DataError(
                 f"{name}: its {part.replace('levels', 'quant_map')} holds NaN or infinity; the file is damaged."
             )
@@ -85,7 +88,7 @@ class LoraLinear(nn.Module):
         super().__init__()
         self.base = base
         self.scale, self.dropout = scale, dropout
-        device = next(iter([*base.parameters(), *base.buffers()])).device
+        device = base.levels.device if isinstance(base, QuantizedLinear) else base.weight.device
         self.lora_a = nn.Parameter(torch.empty(rank, base.in_features, device=device))
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
         self.seed: int | None = None

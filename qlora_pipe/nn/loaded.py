@@ -1,7 +1,7 @@
 """A model in memory, with what was read on the way."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 from qlora_pipe.architecture import Architecture
 from qlora_pipe.errors import ConfigError, DataError
 from qlora_pipe.nn.causal import CausalModel
+from qlora_pipe.residency.choice import AtRest, Lives
 
 
 def tie(module: nn.Module, ties: Mapping[str, str]) -> None:
@@ -29,6 +30,7 @@ class LoadedModel:
     generation_config: Mapping[str, Any]
     dtype: torch.dtype
     device: torch.device
+    residency: Lives = field(default_factory=lambda: AtRest("resident"))
 
     @property
     def causal(self) -> CausalModel:

@@ -19,6 +19,7 @@ from qlora_pipe.nn.adapt import pairs_of
 from qlora_pipe.nn.loaded import LoadedModel
 from qlora_pipe.plugins import find_architecture
 from qlora_pipe.stages.load import choose_device, choose_dtype, load, note_slow_kernels
+from qlora_pipe.train.estimate import step_bytes
 from qlora_pipe.train.request import FinetuneRequest, claim, inputs_of, refuse_another
 from qlora_pipe.train.session import Session, adapt, new_state
 from qlora_pipe.train.signals import StopFlag, stop_flag
@@ -63,7 +64,16 @@ def finetune(
         )
         # From here on every draw comes from this seed: the adapter's first values, then the dropout.
         torch.manual_seed(config.seed)
-        model = load(base, architecture, dtype=dtype, device=device)
+        tokens = config.batch_size * config.max_tokens
+        model = load(
+            base,
+            architecture,
+            dtype=dtype,
+            device=device,
+            residency=config.residency,
+            step_bytes=step_bytes(base, architecture, rank=config.rank, tokens=tokens, dtype=dtype),
+            note=note,
+        )
         model.require_ids(int(sample.ids.max()) for sample in (*held_in, *held_out))
         described = adapt(model, config, start=start)
         session = Session(

@@ -33,7 +33,15 @@ def continue_text(
     tokenizer = Tokenizer.open(model.path)
     device = choose_device(config.device)
     note_slow_kernels(device, note)
-    loaded = load(model, architecture, dtype=choose_dtype(config.dtype, device), device=device, adapter=adapter)
+    loaded = load(
+        model,
+        architecture,
+        dtype=choose_dtype(config.dtype, device),
+        device=device,
+        adapter=adapter,
+        residency=config.residency,
+        note=note,
+    )
     yield from answer(loaded, tokenizer, prompt, config)
 
 

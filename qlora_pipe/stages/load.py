@@ -1,22 +1,33 @@
 """Load: from a folder to a model in memory. The one stage whose result cannot lie on disk."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from qlora_formats.store import StoredWeight
+from qlora_formats.store import Store, StoredWeight
 from qlora_kernels import cpu
-from qlora_pipe.architecture import Architecture, matches
+from qlora_kernels.quantized import QuantizedTensor
+from qlora_pipe.architecture import Architecture, block_of, matches
 from qlora_pipe.artifacts import Adapter, Checkpoint, QuantizedCheckpoint
-from qlora_pipe.config import Device, DType
+from qlora_pipe.config import Device, DType, Residency
 from qlora_pipe.errors import ConfigError, DataError
 from qlora_pipe.nn.adapt import attach_adapter
-from qlora_pipe.nn.linear import QuantizedLinear, quantized_tensor, replace_module
+from qlora_pipe.nn.causal import CausalModel
+from qlora_pipe.nn.linear import TABLES, QuantizedLinear, quantized_tensor, replace_module
 from qlora_pipe.nn.loaded import LoadedModel, tie
+from qlora_pipe.residency.choice import AtRest, Lives, Way, choose
+from qlora_pipe.residency.image import Part
+from qlora_pipe.residency.layout import Layout, Placed, ResidentLayout, StreamedLayout
+from qlora_pipe.residency.mapped import MappedLayout
+from qlora_pipe.train.memory import free_bytes
 
 # Tables that older checkpoints carry although they follow from the config.
 _DERIVED = ("*.*.*.*.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
+
+# How much of the free host memory the weights may take up for good.
+_HOST_SHARE = 0.8
 
 # The types that a setting may name.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -53,26 +64,87 @@ def load(
     dtype: torch.dtype,
     device: torch.device,
     adapter: Adapter | None = None,
+    residency: Residency = "auto",
+    step_bytes: int = 1 << 30,
+    note: Callable[[str], None] = lambda _: None,
 ) -> LoadedModel:
-    """Build the model on the meta device and fill it with views of the mapped file.
+    """Build the model on the meta device and give it tensors that live where `residency` says.
 
-    On a CPU the packed bytes are never copied. 16-bit tensors are converted where `dtype` is another. Raises DataError
-    where the folder's tensors and the model's parameters do not agree in names or shapes, or the adapter does not fit.
+    On a CPU, unless they are to be streamed, they are views of the mapped file: packed bytes are never copied, and
+    16-bit tensors are converted where `dtype` is another. By `step_bytes`, what the work takes besides the weights,
+    auto tells whether all fits on a GPU; `note` takes a sentence on that. Raises DataError where the folder's tensors
+    and the model's parameters do not agree in names or shapes, or the adapter does not fit; ConfigError where a
+    residency is not to be had.
     """
-    with torch.device("meta"):
-        module = architecture.build(base.config)
-    _fill(module, base, architecture, dtype=dtype, device=device)
+    way: Way = "resident"
+    if residency != "auto":
+        way = residency
+    elif device.type == "cuda":
+        weight_bytes = sum(each.part.n_bytes for each in placed(base, architecture, dtype=dtype))
+        way, reason = choose(weight_bytes=weight_bytes, step_bytes=step_bytes, free_bytes=free_bytes(device))
+        note(reason)
+    if device.type == "cpu" and way != "streamed":
+        module = _built(base, architecture)
+        _fill(module, base, architecture, dtype=dtype)
+        lives: Lives = AtRest("resident")
+    else:
+        with _layout(way, placed(base, architecture, dtype=dtype), device=device, note=note) as layout:
+            # What is to live on the device is on its way meanwhile.
+            module = _built(base, architecture)
+            layout.lay_blocks(_blocks(module))
+            _fill(module, base, architecture, dtype=dtype, part=layout.tensor)
+            _settle_offsets(module, device)
+        lives = layout.lives()
     if adapter is not None:
         attach_adapter(module, adapter.folder.config, adapter.folder.pairs)
     module.requires_grad_(False)
     module.eval()
-    return LoadedModel(module, architecture, base.config, base.weights.generation_config, dtype, device)
+    return LoadedModel(module, architecture, base.config, base.weights.generation_config, dtype, device, lives)
 
 
-def require_weight_type(weight: Tensor, *, name: str) -> None:
+def placed(base: Checkpoint | QuantizedCheckpoint, architecture: Architecture, *, dtype: torch.dtype) -> list[Placed]:
+    """The tensors that a model is made from: which file they are in, in which type they are wanted, and where."""
+    ties, weights = architecture.ties(base.config), base.weights
+    found = []
+    for name in weights.names:
+        if name in ties or matches(name, _DERIVED):
+            continue
+        folder, parts = (
+            (weights.folder, weights.parts(name)) if isinstance(weights, Store) else (weights, {"tensor": name})
+        )
+        block = block_of(name, architecture.blocks)
+        for field, part in parts.items():
+            wanted = dtype if field == "tensor" else folder.info(part).dtype
+            packed = field in {"codes", "absmax"}
+            found.append(Placed(Part(part, folder.file_of(part), wanted), block, packed))
+    return found
+
+
+def _layout(way: Way, tensors: list[Placed], *, device: torch.device, note: Callable[[str], None]) -> Layout:
+    if way == "resident":
+        return ResidentLayout(tensors, device=device)
+    # Host memory is of use where a GPU copies from it by itself, and some is left to the system.
+    room = int(free_bytes(torch.device("cpu")) * _HOST_SHARE) if device.type == "cuda" else 0
+    if way == "mapped":
+        return MappedLayout(tensors, device=device, room=room)
+    return StreamedLayout(tensors, device=device, room=room, note=note)
+
+
+def _built(base: Checkpoint | QuantizedCheckpoint, architecture: Architecture) -> nn.Module:
+    with torch.device("meta"):
+        return architecture.build(base.config)
+
+
+def _blocks(module: nn.Module) -> dict[str, nn.Module]:
+    """A model's blocks by their paths, in the order in which they run."""
+    paths = {id(part): path for path, part in module.named_modules()}
+    return {paths[id(block)]: block for block in cast(CausalModel, module).blocks}
+
+
+def require_weight_type(dtype: torch.dtype, *, name: str) -> None:
     """Raise DataError unless a tensor's type is one that weights are computed with: float32, its halves, or float64."""
-    if weight.dtype not in (torch.float64, *DTYPES.values()):
-        kind = str(weight.dtype).removeprefix("torch.")
+    if dtype not in (torch.float64, *DTYPES.values()):
+        kind = str(dtype).removeprefix("torch.")
         raise DataError(f"{name} holds {kind} where weights in {', '.join(DTYPES)} or float64 are read.")
 
 
@@ -82,14 +154,45 @@ def _fill(
     architecture: Architecture,
     *,
     dtype: torch.dtype,
-    device: torch.device,
+    part: Callable[[str], Tensor] | None = None,
 ) -> None:
-    ties = architecture.ties(base.config)
-    wanted = dict(module.state_dict(keep_vars=True))
+    """Give a model on the meta device its tensors: those of `part`, by their names in the files, or the files' own."""
+    ties, weights = architecture.ties(base.config), base.weights
+    for name, shape in _wanted(module, base, architecture, ties).items():
+        if base.shape(name) != shape:
+            raise DataError(
+                f"{base.path.name}: {name} has shape {list(base.shape(name))}, and its config asks for {list(shape)}."
+            )
+        if isinstance(weights, Store) and weights.is_quantized(name):
+            stored = cast(StoredWeight, weights.weight(name, part=part))
+            tables = None
+            if part is not None:
+                named = weights.parts(name)
+                tables = {field: weights.folder.tensor(named[field]) for field in TABLES if field in named}
+            _place_packed(module, name, quantized_tensor(stored, name=name, tables=tables))
+        else:
+            folder = weights.folder if isinstance(weights, Store) else weights
+            require_weight_type(folder.info(name).dtype, name=name)
+            tensor = folder.tensor(name) if part is None else part(name)
+            path, _, leaf = name.rpartition(".")
+            # A float64 model is wanted by tests alone; everything a user computes in is at most 32 bits wide.
+            kept = nn.Parameter(tensor.to(dtype), requires_grad=False)
+            setattr(module.get_submodule(path), leaf, kept)
+    tie(module, ties)
+
+
+def _wanted(
+    module: nn.Module,
+    base: Checkpoint | QuantizedCheckpoint,
+    architecture: Architecture,
+    ties: Mapping[str, str],
+) -> dict[str, tuple[int, ...]]:
+    """The tensors to take from the folder, in its order, and the shapes that the model has for them."""
+    shapes = {name: tuple(value.shape) for name, value in module.state_dict(keep_vars=True).items()}
     names = [name for name in base.weights.names if name not in ties]
     present = {*names, *ties}
-    missing = [name for name in wanted if name not in present]
-    unknown = [name for name in names if name not in wanted and not matches(name, _DERIVED)]
+    missing = [name for name in shapes if name not in present]
+    unknown = [name for name in names if name not in shapes and not matches(name, _DERIVED)]
     if missing:
         raise DataError(
             f"{base.path.name} lacks the tensor {missing[0]} of a {architecture.name} model{_more(missing)}."
@@ -99,38 +202,31 @@ def _fill(
             f"{base.path.name} holds the tensor {unknown[0]}, which a {architecture.name} model with this config"
             f" does not have{_more(unknown)}."
         )
-    for name in names:
-        if name in wanted:
-            stored = base.weights.weight(name) if isinstance(base, QuantizedCheckpoint) else base.weights.tensor(name)
-            if tuple(stored.shape) != tuple(wanted[name].shape):
-                raise DataError(
-                    f"{base.path.name}: {name} has shape {list(stored.shape)}, and its config asks for"
-                    f" {list(wanted[name].shape)}."
-                )
-            _place(module, name, stored, dtype=dtype, device=device)
-    tie(module, ties)
+    return {name: shapes[name] for name in names if name in shapes}
 
 
 def _more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def _place(
-    module: nn.Module, name: str, stored: "Tensor | StoredWeight", *, dtype: torch.dtype, device: torch.device
-) -> None:
+def _place_packed(module: nn.Module, name: str, weight: QuantizedTensor) -> None:
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
-    if isinstance(stored, StoredWeight):
-        if not isinstance(owner, nn.Linear) or leaf != "weight":
-            raise DataError(
-                f"{name} is stored in 4 bits, and only the weights of linear layers can be computed with so."
-            )
-        bias = getattr(owner, "bias", None)
-        layer = QuantizedLinear(quantized_tensor(stored, name=name), bias=None).to(device)
-        # A bias that came first is kept, one that comes later finds the new layer.
-        layer.bias = bias
-        replace_module(module, path, layer)
+    if not isinstance(owner, nn.Linear) or leaf != "weight":
+        raise DataError(f"{name} is stored in 4 bits, and only the weights of linear layers can be computed with so.")
+    layer = QuantizedLinear(weight)
+    # A bias that came first is kept, one that comes later finds the new layer.
+    layer.bias = getattr(owner, "bias", None)
+    replace_module(module, path, layer)
+
+
+def _settle_offsets(module: nn.Module, device: torch.device) -> None:
+    """Bring the scales' offsets, which lie in no file's tensors, to the device in one copy."""
+    layers = [part for part in module.modules() if isinstance(part, QuantizedLinear) and part.offset is not None]
+    if not layers:
         return
-    require_weight_type(stored, name=name)
-    # A float64 model is wanted by tests alone; everything a user computes in is at most 32 bits wide.
-    setattr(owner, leaf, nn.Parameter(stored.to(device=device, dtype=dtype), requires_grad=False))
+    # Each on a multiple of 64 bytes: Triton compiles anew for an address that is not one of 16.
+    apart = torch.zeros(len(layers), 16)
+    apart[:, 0] = torch.stack([cast(Tensor, layer.offset) for layer in layers])
+    for layer, settled in zip(layers, apart.to(device)[:, 0].unbind(), strict=True):
+        layer.offset = settled

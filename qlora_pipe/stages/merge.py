@@ -132,7 +132,7 @@ def _dense(base: Checkpoint | QuantizedCheckpoint, name: str) -> Tensor:
     stored = base.weights.tensor(name) if isinstance(base, Checkpoint) else base.weights.weight(name)
     if isinstance(stored, StoredWeight):
         return dequantize(quantized_tensor(stored, name=name), torch.float32)
-    require_weight_type(stored, name=name)
+    require_weight_type(stored.dtype, name=name)
     return stored.float()
 
 

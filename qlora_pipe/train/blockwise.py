@@ -118,6 +118,8 @@ class BlockwisePass:
         if isinstance(before, Shelved):
             assert self._shelf is not None
             before = self._shelf.take(before)
+        # A block that is computed again enters by itself, and one that was kept does not.
+        self._model.residency.enter(number)
         if after is None:
             before = before.detach().requires_grad_(number > 0)
             with self._seeded(number, seed):
