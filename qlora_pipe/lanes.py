@@ -57,6 +57,10 @@ class CudaLane:
             if after is not None:
                 after.wait()
             target.copy_(source, non_blocking=True)
+            for tensor in (target, source):
+                if tensor.is_cuda:
+                    # Its memory is given to nobody else before the copy has ended.
+                    tensor.record_stream(self._stream)
             return CudaMark(self._stream)
 
 

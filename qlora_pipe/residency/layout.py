@@ -35,7 +35,8 @@ class Layout(ABC):
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._feeder = Feeder(lane_on(device), device)
+        self._lane = lane_on(device)
+        self._feeder = Feeder(self._lane, device)
         self._sent: list[Sending] = []
         self._tensors: dict[str, Tensor] = {}
 
@@ -47,7 +48,8 @@ class Layout(ABC):
         """Give tensors a buffer of their own on the device, and begin to bring them."""
         image = Image.of(parts)
         buffer = torch.empty(image.n_bytes, dtype=torch.uint8, device=self.device)
-        self._sent.append(self._feeder.send(image, buffer))
+        # Its memory may be another's whose last use the device has not come to.
+        self._sent.append(self._feeder.send(image, buffer, after=self._lane.here()))
         self.know(parts, image.views(buffer))
 
     def know(self, parts: Iterable[Part], views: dict[str, Tensor]) -> None:
@@ -168,7 +170,7 @@ def streaming(
         assert feeder is not None
         return feeder.send(image, slot, after=after)
 
-    return Ring(sizes=[image.n_bytes for image in images], slots=slots, send=send, lane=lane)
+    return Ring(sizes=[image.n_bytes for image in images], slots=slots, send=send, lane=lane, held=held)
 
 
 def _entering(ring: Ring, number: int) -> Callable[[nn.Module, object], None]:

@@ -46,6 +46,8 @@ def hold(memory: Tensor, *, read_only: bool = False) -> HeldMemory | None:
 
 
 def _let_go(driver: ctypes.CDLL, memory: Tensor) -> None:
+    # A copy from it may be on its way.
+    driver.cuCtxSynchronize()
     driver.cuMemHostUnregister(ctypes.c_void_p(memory.data_ptr()))
 
 
@@ -97,8 +99,11 @@ def hold_file(file: TensorFile) -> HeldMemory | None:
 
     All of the file is read. The memory is never to be written to.
     """
+    pages = file.shared()
+    # All of it is needed at once, and page by page a cold disk would take its time.
+    pages.madvise(mmap.MADV_WILLNEED)
     with warnings.catch_warnings():
         # torch has no notion of memory that cannot be written to.
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        memory = torch.frombuffer(file.shared(), dtype=torch.uint8)
+        memory = torch.frombuffer(pages, dtype=torch.uint8)
     return hold(memory, read_only=True)

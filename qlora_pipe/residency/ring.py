@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qlora_pipe.lanes import Lane, Mark
 from qlora_pipe.residency.choice import Way
+from qlora_pipe.residency.pinned import HeldMemory
 
 
 class Coming(Protocol):
@@ -43,16 +44,26 @@ class Ring:
     way: Way = "streamed"
     prefers_layer_major = True
 
-    def __init__(self, *, sizes: Sequence[int], slots: Sequence[Tensor], send: Send, lane: Lane) -> None:
-        """`sizes`: the bytes of each block."""
+    def __init__(
+        self,
+        *,
+        sizes: Sequence[int],
+        slots: Sequence[Tensor],
+        send: Send,
+        lane: Lane,
+        held: Sequence[HeldMemory | None] = (),
+    ) -> None:
+        """`sizes`: the bytes of each block; `held`: the host memory that `send` takes them from, as far as it does."""
         self._sizes = sizes
         self._n_blocks = len(sizes)
-        # Memory known under another name: autograd would think that what it keeps of a block were overwritten for good.
-        self._slots = [_Slot(slot.data) for slot in slots]
+        # Known under another name: autograd would think that what it keeps of a block were overwritten for good.
+        # Their memory may be another's whose last use the device has not come to.
+        self._slots = [_Slot(slot.data, left=lane.here()) for slot in slots]
         self._send = send
         self._lane = lane
         self._current: int | None = None
         self._rising = True
+        self.held = held
         self.blocks_brought = 0
         """How often a block was copied into a slot."""
         self.bytes_brought = 0

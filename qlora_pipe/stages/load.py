@@ -1,10 +1,11 @@
 """Load: from a folder to a model in memory. The one stage whose result cannot lie on disk."""
 
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from qlora_formats.store import Store, StoredWeight
 from qlora_kernels import cpu
@@ -131,8 +132,21 @@ def _layout(way: Way, tensors: list[Placed], *, device: torch.device, note: Call
 
 
 def _built(base: Checkpoint | QuantizedCheckpoint, architecture: Architecture) -> nn.Module:
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutValues():
         return architecture.build(base.config)
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Leaves out the drawing of first values, which on the meta device are none.
+
+    The first draw there imports torch's compiler, which takes a second, and each takes a part of a millisecond.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
 
 
 def _blocks(module: nn.Module) -> dict[str, nn.Module]:

@@ -15,13 +15,16 @@ from qlora_pipe.artifacts import open_model
 from qlora_pipe.cli import execute
 from qlora_pipe.config import FinetuneConfig, Recompute
 from qlora_pipe.data.batches import IGNORE, Batch
+from qlora_pipe.errors import ConfigError
 from qlora_pipe.lanes import LateLane
 from qlora_pipe.nn.adapt import adapters_of
+from qlora_pipe.nn.linear import QuantizedLinear
 from qlora_pipe.nn.loaded import LoadedModel
 from qlora_pipe.plugins import find_architecture, load_plugins
 from qlora_pipe.residency import layout as layouts
 from qlora_pipe.residency import pinned
 from qlora_pipe.residency.layout import Layout, ResidentLayout, StreamedLayout
+from qlora_pipe.residency.mapped import MappedLayout
 from qlora_pipe.residency.ring import Ring
 from qlora_pipe.stages import load as loading
 from qlora_pipe.stages.load import load
@@ -118,6 +121,13 @@ def work(model: LoadedModel, *, recompute: Recompute, steps: int = 2, together: 
     return found + [part.grad for part in parts if part.grad is not None]
 
 
+class Held:
+    """Memory that a driver would hold."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self.bytes = memory
+
+
 def ring_of(model: LoadedModel) -> Ring:
     assert isinstance(model.residency, Ring)
     return model.residency
@@ -206,10 +216,6 @@ def test_the_blocks_come_from_held_host_memory_as_far_as_there_is_room(
     expected = work(adapted(bases(5)), recompute="none")
     held: list[int] = []
 
-    class Held:
-        def __init__(self, memory: Tensor) -> None:
-            self.bytes = memory
-
     def hold(memory: Tensor, *, read_only: bool = False) -> Held:
         held.append(memory.numel())
         return Held(memory)
@@ -225,6 +231,42 @@ def test_the_blocks_come_from_held_host_memory_as_far_as_there_is_room(
     model = adapted(bases(5), "streamed")
     assert len(held) == 3
     assert_equal(work(model, recompute="none"), expected)
+
+
+@pytest.mark.parametrize("pages", ["the files' own", "copied"])
+def test_a_mapped_model_reads_its_codes_and_scales_from_held_memory(
+    bases: Callable[..., Path], laid_out: Callable[[MakeLayout], None], monkeypatch: pytest.MonkeyPatch, pages: str
+) -> None:
+    expected = work(adapted(bases(2)), recompute="none")
+    held: list[Tensor] = []
+
+    def hold(memory: Tensor, *, read_only: bool = False) -> Held | None:
+        if read_only and pages == "copied":
+            return None
+        held.append(memory)
+        return Held(memory)
+
+    monkeypatch.setattr(pinned, "hold", hold)
+    laid_out(lambda placed, *, device: MappedLayout(placed, device=device, room=1 << 30))
+    model = adapted(bases(2), "streamed")
+    assert model.residency.way == "mapped"
+    assert len(held) == (2 if pages == "copied" else 1)
+    memory = {tensor.untyped_storage().data_ptr() for tensor in held}
+    for layer in (part for part in model.module.modules() if isinstance(part, QuantizedLinear)):
+        inside = {name for name, part in layer.named_buffers() if part.untyped_storage().data_ptr() in memory}
+        assert inside == {"codes", "absmax"}
+    assert_equal(work(model, recompute="none"), expected)
+
+
+def test_mapped_is_refused_where_nothing_is_packed_or_no_memory_is_held(
+    bases: Callable[..., Path], laid_out: Callable[[MakeLayout], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pinned, "hold", lambda _memory, **_: None)
+    laid_out(lambda placed, *, device: MappedLayout(placed, device=device, room=1 << 30))
+    with pytest.raises(ConfigError, match="is for weights in 4 bits, and this base has none: use streamed"):
+        loaded(bases(2, packed=False), "streamed")
+    with pytest.raises(ConfigError, match=r"asks for 0\.0 GB of host memory .* does not give that much: use streamed"):
+        loaded(bases(2), "streamed")
 
 
 def test_a_resident_model_comes_through_a_few_pinned_pieces_with_the_same_bits(

@@ -1,6 +1,9 @@
 """`--residency` at the command line: whole runs and texts are the same wherever the weights live."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,8 @@ import pytest
 from qlora_pipe.cli import execute
 from tests.pipe.runs import finetune_line, outcome, small_checkpoint, write_rows
 from tests.pipe.test_residency import loaded
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +80,24 @@ def test_a_damaged_table_is_refused_where_weights_are_streamed_too(
     code = execute(["generate", str(folder), "--prompt", "x", "--device", "cpu", "--residency", "streamed"])
     assert code == 65
     assert f"{name}: its quant_map is not nf4's table of levels" in capsys.readouterr().err
+
+
+def test_loading_and_computing_import_no_compiler(base: Path) -> None:
+    code = (
+        "import sys\n"
+        "from qlora_pipe.cli import execute\n"
+        "code = execute(['generate', sys.argv[1], '--prompt', 'x', '--max-new-tokens', '1', '--device', 'cpu'])\n"
+        "sys.exit('torch imported its compiler' if 'torch._dynamo' in sys.modules else code)\n"
+    )
+    path = os.pathsep.join(str(REPOSITORY / floor) for floor in (".", "formats", "kernels", "plugins"))
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(base / "store")],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_on_a_cpu_weights_are_where_the_file_is_mapped(base: Path) -> None:
