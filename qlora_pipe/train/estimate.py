@@ -24,10 +24,11 @@ def step_bytes(
     adapters = dense = widths = narrowest = 0
     blocks: dict[str, list[tuple[int, ...]]] = {}
     for name in base.weights.names:
-        if name.endswith(".weight") and matches(name.removesuffix(".weight"), architecture.adapt):
-            outputs, inputs = base.shape(name)
-            adapters += rank * (outputs + inputs)
-            blocks.setdefault(block_of(name, architecture.blocks) or "", []).append((outputs, inputs))
+        shape = base.shape(name)
+        # One of another rank belongs to no linear layer, which is told where it is loaded.
+        if len(shape) == 2 and name.endswith(".weight") and matches(name.removesuffix(".weight"), architecture.adapt):
+            adapters += rank * sum(shape)
+            blocks.setdefault(block_of(name, architecture.blocks) or "", []).append(shape)
     for shapes in blocks.values():
         dense = max(dense, sum(outputs * inputs for outputs, inputs in shapes))
         widths = max(widths, sum(outputs + inputs for outputs, inputs in shapes))
