@@ -1,5 +1,6 @@
-"""4-bit weights on tensors: quantize, dequantize, a linear layer with a LoRA adapter, row-wise operations, LoftQ."""
+"""4-bit weights on tensors: quantize, dequantize, linear layers with LoRA adapters, row-wise operations, AdamW, LoftQ."""
 
+from qlora_kernels.adamw import Moments8, Moments32, adamw_step, coefficients
 from qlora_kernels.blockwise import BLOCK_SIZES, dequantize_reference
 from qlora_kernels.decode_attention import decode_attention
 from qlora_kernels.dispatch import dequantize, quantize, squared_error
@@ -17,8 +18,12 @@ __all__ = [
     "BLOCK_SIZES",
     "LEVELS",
     "Kind",
+    "Moments8",
+    "Moments32",
     "QuantizedTensor",
+    "adamw_step",
     "add_rms_norm",
+    "coefficients",
     "decode_attention",
     "dequantize",
     "dequantize_reference",

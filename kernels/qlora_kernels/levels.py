@@ -67,20 +67,20 @@ def thresholds(kind: Kind, *, device: torch.device | None = None) -> tuple[Tenso
     return cuts.to(device), torch.tensor(ascending, dtype=torch.uint8, device=device)
 
 
-def dynamic_map(*, device: torch.device | None = None) -> Tensor:
-    """The 256 ascending values of the 8-bit dynamic type, float32, from -0.99296875 to 1.
+def dynamic_map(*, signed: bool = True, device: torch.device | None = None) -> Tensor:
+    """The 256 ascending values of the 8-bit dynamic type, float32: from -0.99296875, or unsigned from 0, to 1.
 
     Decade i of seven, 10**(i - 6) at its top, is cut into 2**i equal parts; their midpoints with both signs, 0 and 1
-    are the values.
+    are the values. Without signs there are twice as many parts.
     """
-    return _dynamic_values().to(device, copy=True)
+    return _dynamic_values(signed=signed).to(device, copy=True)
 
 
 @cache
-def _dynamic_values() -> Tensor:
+def _dynamic_values(*, signed: bool) -> Tensor:
     values = [torch.tensor([0.0, 1.0])]
     for decade in range(7):
-        parts = 2**decade
+        parts = 2**decade if signed else 2 ** (decade + 1)
         # torch.linspace rounds differently from one instruction set to another. Published checkpoints hold what it
         # gives with fused multiply-add, one rounding per edge, which double precision reproduces anywhere.
         low, step = _rounded(0.1), _rounded((1.0 - _rounded(0.1)) / parts)
@@ -88,7 +88,7 @@ def _dynamic_values() -> Tensor:
         from_above = [1.0 - step * (parts - i) for i in range(len(from_below), parts + 1)]
         edges = torch.tensor(from_below + from_above, dtype=torch.float64).float()
         middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (decade - 6)
-        values += [middles, -middles]
+        values += [middles, -middles] if signed else [middles]
     return torch.cat(values).sort().values
 
 
