@@ -7,6 +7,7 @@ nothing half-written is ever seen under a final name.
 """
 
 import fcntl
+import mmap
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -180,6 +181,26 @@ def write_file(path: Path, data: bytes) -> None:
     """Write or replace one file in one step: whoever reads it sees the old bytes or the new ones, never a mix."""
     disk.make_folder(path.parent)
     _replace(path, data)
+
+
+def scratch_memory(path: Path, n_bytes: int) -> mmap.mmap:
+    """`n_bytes` zeros to read and write that take room on the disk of `path` and not in memory.
+
+    The file has no name, and is gone with the mapping however this process ends. Its room is reserved first: a mapping
+    that finds the disk full has no other way to say so than to kill. Raises CommitError "disk".
+    """
+    disk.make_folder(path.parent)
+    # Whoever is stopped before the name is gone leaves an empty file, known for ours by its name and taken over next.
+    name = temporary(path)
+    with disk.reporting(path):
+        fd = _open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    try:
+        disk.remove(name)
+        disk.reserve(fd, n_bytes, path)
+        with disk.reporting(path):
+            return mmap.mmap(fd, n_bytes)
+    finally:
+        os.close(fd)
 
 
 @contextmanager

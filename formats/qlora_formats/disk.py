@@ -23,6 +23,13 @@ def _truncate(fd: int, n_bytes: int) -> None:
     os.ftruncate(fd, n_bytes)
 
 
+def _reserve(fd: int, n_bytes: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(fd, 0, n_bytes)
+    else:
+        os.ftruncate(fd, n_bytes)
+
+
 def _fsync(fd: int) -> None:
     os.fsync(fd)
 
@@ -73,6 +80,12 @@ def start_writing(fd: int, start: int, n_bytes: int) -> None:
 def truncate(fd: int, n_bytes: int, path: Path) -> None:
     with reporting(path):
         _truncate(fd, n_bytes)
+
+
+def reserve(fd: int, n_bytes: int, path: Path) -> None:
+    """Make a new file this long, with room on the disk for all of it where the system can promise that."""
+    with reporting(path):
+        _reserve(fd, n_bytes)
 
 
 def fsync(fd: int, path: Path) -> None:
