@@ -1,4 +1,4 @@
-"""4-bit weights on tensors: quantize, dequantize, linear layers with LoRA adapters, row-wise operations, AdamW, LoftQ."""
+"""4-bit weights on tensors: quantize, dequantize, linear layers with LoRA adapters, rows, AdamW, LoftQ."""
 
 from qlora_kernels.adamw import Moments8, Moments32, adamw_step, coefficients
 from qlora_kernels.blockwise import BLOCK_SIZES, dequantize_reference

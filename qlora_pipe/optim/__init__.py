@@ -1,0 +1,1 @@
+"""The optimizer whose states need not fit on the device."""
