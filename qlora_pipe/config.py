@@ -68,6 +68,12 @@ class FinetuneConfig:
     warmup_steps: int = setting(0, "Steps in which the learning rate rises linearly from zero.", at_least=0)
     weight_decay: float = setting(0.0, "Decoupled weight decay of AdamW.", at_least=0)
     beta2: float = setting(0.999, "Second moment's decay in AdamW.", above=0, below=1)
+    optimizer: Literal["adamw", "adamw-8bit"] = setting(
+        "adamw", "Optimizer: AdamW, with its moments in 32 bits or in 8."
+    )
+    optimizer_budget: int | Literal["auto"] = setting(
+        "auto", "Memory for the optimizer's moments, in MiB; the rest is paged. auto takes what is left.", at_least=0
+    )
     max_grad_norm: float = setting(0.3, "Clip the gradient's norm to this; 0 leaves it as it is.", at_least=0)
     rank: int = setting(64, "Rank of the LoRA adapters.", at_least=1)
     alpha: float = setting(16.0, "LoRA's alpha: the adapter's product is scaled by alpha / rank.", above=0)

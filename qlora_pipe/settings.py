@@ -79,12 +79,20 @@ def given_type(config: type, item: dataclasses.Field[Any]) -> Any:
 def describe_type(config: type, item: dataclasses.Field[Any]) -> str:
     """Say in words what a setting takes: `a whole number, at least 1`."""
     hint = given_type(config, item)
+    choices = choices_of(hint)
     if get_origin(hint) is Literal:
-        words = "one of " + ", ".join(str(choice) for choice in get_args(hint))
-    else:
-        words = _WORDS[hint]
+        return "one of " + ", ".join(map(str, choices))
+    number = hint if not choices else next(part for part in get_args(hint) if part in _WORDS)
     bounds = [f"{_BOUNDS[name][0]} {bound}" for name, bound in item.metadata["bounds"].items()]
-    return ", ".join([words, *bounds])
+    words = ", ".join([_WORDS[number], *bounds])
+    return f"{words}, or {' or '.join(map(str, choices))}" if choices else words
+
+
+def choices_of(hint: Any) -> tuple[Any, ...]:
+    """List the words a setting takes, or takes beside numbers; empty where it takes any."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    return tuple(choice for part in get_args(hint) if get_origin(part) is Literal for choice in get_args(part))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
-from qlora_pipe.settings import checked, describe_type, given_type
+from qlora_pipe.settings import checked, choices_of, describe_type, given_type
 
 C = TypeVar("C")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -45,9 +45,9 @@ def _option(config: type, item: dataclasses.Field[Any]) -> Callable[[F], F]:
 
 def describe_choices(hint: Any) -> str | None:
     """Show a setting's choices in its help, as click does for texts."""
-    if get_origin(hint) is Literal:
-        return "[" + "|".join(str(choice) for choice in get_args(hint)) + "]"
-    return None
+    numbers = ["INTEGER"] if int in get_args(hint) else []
+    choices = [*numbers, *map(str, choices_of(hint))]
+    return "[" + "|".join(choices) + "]" if choices else None
 
 
 def shown_default(item: dataclasses.Field[Any]) -> str:

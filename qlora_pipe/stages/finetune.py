@@ -80,7 +80,7 @@ def finetune(
             run=run,
             inputs=inputs,
             model=model,
-            state=new_state(model, config),
+            state=new_state(model, config, scratch=run.path / "optimizer"),
             config=config,
             train=held_in,
             held_out=held_out,

@@ -18,10 +18,12 @@ from qlora_pipe.data.batches import Stream, eval_batches
 from qlora_pipe.data.encode import Sample
 from qlora_pipe.errors import NonFiniteError
 from qlora_pipe.nn.loaded import LoadedModel
+from qlora_pipe.optim.pager import Moved
 from qlora_pipe.train.blockwise import BlockwisePass
+from qlora_pipe.train.clip import clip_factor
 from qlora_pipe.train.guard import WINDOW, check_skipped
 from qlora_pipe.train.loss import gradient_norm, summed_loss
-from qlora_pipe.train.state import TrainingState
+from qlora_pipe.train.state import Progress, TrainingState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +109,11 @@ def _step(job: Job) -> dict[str, Any]:
             progress.micro_step += count
             progress.seconds += time.monotonic() - begun
     finally:
-        # Read once there is nothing left to be queued: to read one waits for the device.
-        progress.loss_sum = sum(map(float, losses), start=progress.loss_sum)
+        if progress.micro_step < config.accumulate:
+            _read(losses, progress)
     begun = time.monotonic()
     rate = learning_rate(config, progress.step + 1)
-    norm = _update(job, rate=rate, origins=[origin for batch in window for origin in batch.origins])
+    norm, moved = _update(job, losses, rate=rate, origins=[origin for batch in window for origin in batch.origins])
     metrics: dict[str, Any] = {
         "step": progress.step + 1,
         "loss": progress.loss_sum if math.isfinite(progress.loss_sum) else None,
@@ -122,6 +124,9 @@ def _step(job: Job) -> dict[str, Any]:
     }
     if norm is None:
         metrics["skipped"] = True
+    if moved.pages_in:
+        metrics |= {"pages_in": moved.pages_in, "pages_out": moved.pages_out}
+        metrics["page_bytes"] = moved.bytes_in + moved.bytes_out
     if progress.step == 0 and progress.eval_loss_start is not None:
         metrics["eval_loss_start"] = progress.eval_loss_start
     progress.step += 1
@@ -130,27 +135,30 @@ def _step(job: Job) -> dict[str, Any]:
     return metrics
 
 
-def _update(job: Job, *, rate: float, origins: Sequence[str]) -> float | None:
-    """Clip and apply the window's gradients; give their norm, or None where the step had to be skipped."""
+def _read(losses: Sequence[Tensor], progress: Progress) -> None:
+    """Add up what the passes gave; to read it waits for the device, so it is done once nothing is left to be queued."""
+    progress.loss_sum = sum(map(float, losses), start=progress.loss_sum)
+
+
+def _update(job: Job, losses: Sequence[Tensor], *, rate: float, origins: Sequence[str]) -> tuple[float | None, Moved]:
+    """Clip and apply the window's gradients; give their norm, or None where the step had to be skipped, and the pages.
+
+    The update is on its way before the host reads the norm and the losses: where they are not finite, it changes nothing.
+    """
     state, progress, config = job.state, job.state.progress, job.config
-    parameters = list(state.parameters.values())
-    norm = float(gradient_norm(parameters)) / state.scale.value
+    scaled_norm = gradient_norm(list(state.parameters.values()))
+    loss = torch.stack(tuple(losses)).sum() + progress.loss_sum
+    factor = clip_factor(scaled_norm, loss=loss, scale=state.scale.value, limit=config.max_grad_norm)
+    moved = state.optimizer.step(lr=rate, number=progress.updates + 1, factor=factor)
+    _read(losses, progress)
+    norm = float(scaled_norm) / state.scale.value
     finite = math.isfinite(norm) and math.isfinite(progress.loss_sum)
     if finite:
-        # The small number is torch.nn.utils.clip_grad_norm_'s: curves stay comparable with other trainers'.
-        factor = min(1.0, config.max_grad_norm / (norm + 1e-6)) if config.max_grad_norm else 1.0
-        factor /= state.scale.value
-        for parameter in parameters:
-            if parameter.grad is not None and factor != 1.0:
-                parameter.grad.mul_(factor)
-        for group in state.optimizer.param_groups:
-            group["lr"] = rate
-        state.optimizer.step()
         state.scale.stepped()
         progress.updates += 1
     elif not (math.isfinite(progress.loss_sum) and state.scale.overflowed()):
         progress.skipped = [*progress.skipped, progress.step + 1][-WINDOW:]
         what = "gradient" if math.isfinite(progress.loss_sum) else "loss"
         check_skipped(progress.skipped, step=progress.step + 1, what=what, origins=origins)
-    state.optimizer.zero_grad(set_to_none=True)
-    return norm if finite else None
+    state.optimizer.zero_grad()
+    return norm if finite else None, moved

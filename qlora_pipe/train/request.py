@@ -19,7 +19,9 @@ from qlora_pipe.errors import ExistsError
 from qlora_pipe.settings import read_yaml, to_yaml
 
 # Settings that the adapter does not follow from, or not by their text: they may change from one start to the next.
-_FREE = ("save_every", "device", "threads", "load", "recompute", "offload", "residency")
+_FREE = (
+    "save_every", "device", "threads", "load", "recompute", "offload", "residency", "optimizer_budget"
+)  # fmt: skip
 _NAMED_BY_CONTENT = ("adapter", "eval_data")
 
 

@@ -5,10 +5,10 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pluggy
-import torch
 
 from qlora_formats.adapter_config import AdapterConfig
 from qlora_formats.commit import AppendFile
@@ -20,6 +20,8 @@ from qlora_pipe.data.batches import Stream
 from qlora_pipe.data.encode import Sample
 from qlora_pipe.nn.adapt import adaptable, adapters_of, add_adapters, attach_adapter, describe_adapter
 from qlora_pipe.nn.loaded import LoadedModel
+from qlora_pipe.optim.paged_adamw import PagedAdamW
+from qlora_pipe.optim.storage import storage_for
 from qlora_pipe.train.blockwise import BlockwisePass
 from qlora_pipe.train.checkpoint import restore_newest, save
 from qlora_pipe.train.environment import fingerprint
@@ -50,20 +52,22 @@ def adapt(model: LoadedModel, config: FinetuneConfig, *, start: Adapter | None) 
     return described
 
 
-def new_state(model: LoadedModel, config: FinetuneConfig) -> TrainingState:
-    """Make the state of a run that has not begun: the adapters as they are, an optimizer without moments."""
+def new_state(model: LoadedModel, config: FinetuneConfig, *, scratch: Path) -> TrainingState:
+    """Make the state of a run that has not begun: the adapters as they are, an optimizer without moments.
+
+    `scratch` names a file that may take what of the moments exceeds the memory meant for them.
+    """
     parameters = {
         f"{path}.{name}": parameter
         for path, layer in adapters_of(model.module).items()
         for name, parameter in (("lora_a", layer.lora_a), ("lora_b", layer.lora_b))
     }
-    optimizer = torch.optim.AdamW(
-        list(parameters.values()),
-        lr=config.learning_rate,
+    optimizer = PagedAdamW(
+        parameters,
         betas=(0.9, config.beta2),
         weight_decay=config.weight_decay,
-        foreach=False,
-        fused=False,
+        bits=8 if config.optimizer == "adamw-8bit" else 32,
+        storage=storage_for(model.device, budget=config.optimizer_budget, scratch=scratch),
     )
     return TrainingState(parameters, optimizer, LossScale.of(model.dtype))
 

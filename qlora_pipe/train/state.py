@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora_pipe.errors import DataError
+from qlora_pipe.optim.paged_adamw import PagedAdamW
 from qlora_pipe.train.scaler import LossScale
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -50,7 +49,7 @@ class Progress:
 class TrainingState:
     """The parameters, the optimizer and the counters that move together."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.AdamW, scale: LossScale) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], optimizer: PagedAdamW, scale: LossScale) -> None:
         self.parameters = dict(parameters)
         self.optimizer = optimizer
         self.scale = scale
@@ -61,12 +60,10 @@ class TrainingState:
         """Yield every tensor of the state by name, on the CPU, in a fixed order."""
         for name, parameter in self.parameters.items():
             yield f"parameter/{name}", parameter.detach().cpu()
-            moments = self.optimizer.state[parameter]
-            for moment in _MOMENTS:
-                if moment in moments:
-                    yield f"{moment}/{name}", moments[moment].cpu()
-            if self.progress.micro_step and parameter.grad is not None:
-                yield f"gradient/{name}", parameter.grad.cpu()
+            if self.progress.updates:
+                yield from self.optimizer.saved(name)
+            if self.progress.micro_step:
+                yield f"gradient/{name}", _gradient(parameter).cpu()
         yield "generator/cpu", torch.get_rng_state()
         if self.on_gpu:
             yield "generator/cuda", torch.cuda.get_rng_state()
@@ -74,23 +71,33 @@ class TrainingState:
     def restore(self, tensors: Mapping[str, Tensor], progress: Progress) -> None:
         """Take over a saved state; DataError where a tensor of it is missing or of another shape."""
 
-        def take(key: str, like: Tensor) -> Tensor:
-            if key not in tensors or tensors[key].shape != like.shape:
+        def take(key: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+            if key not in tensors or tensors[key].shape != shape or tensors[key].dtype != dtype:
                 raise DataError(f"the checkpoint's state does not fit this run: {key} is missing or of another shape.")
-            return tensors[key].to(device=like.device, dtype=like.dtype, copy=True)
+            return tensors[key]
 
         self.progress = progress
         self.scale.value, self.scale.clean_steps = progress.scale, progress.clean_steps
+        self.optimizer.zero_grad()
+        states: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
+            kind = (parameter.shape, parameter.dtype)
             with torch.no_grad():
-                parameter.copy_(take(f"parameter/{name}", parameter))
+                parameter.copy_(take(f"parameter/{name}", *kind))
             if progress.updates:
-                # The moments are put in place before the optimizer's first step here, which would zero them.
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(progress.updates)),
-                    **{moment: take(f"{moment}/{name}", parameter) for moment in _MOMENTS},
-                }
-            parameter.grad = take(f"gradient/{name}", parameter) if progress.micro_step else None
-        torch.set_rng_state(take("generator/cpu", torch.get_rng_state()))
+                states |= {key: take(key, *kind) for key, kind in self.optimizer.expected(name).items()}
+            if progress.micro_step:
+                _gradient(parameter).copy_(take(f"gradient/{name}", *kind))
+        if states:
+            self.optimizer.load(states)
+        generator = torch.get_rng_state()
+        torch.set_rng_state(take("generator/cpu", generator.shape, generator.dtype))
         if self.on_gpu:
-            torch.cuda.set_rng_state(take("generator/cuda", torch.cuda.get_rng_state()))
+            generator = torch.cuda.get_rng_state()
+            torch.cuda.set_rng_state(take("generator/cuda", generator.shape, generator.dtype))
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    # The optimizer gives every parameter its gradient before there is any.
+    assert parameter.grad is not None
+    return parameter.grad

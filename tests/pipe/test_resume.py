@@ -93,6 +93,9 @@ CELLS = {
     "checkpoint, 1 pass a step, dropout": ("checkpoint", {"accumulate": 1, "save_every": 1, "eval_every": 3}),
     "store, 3 passes a step, no dropout": ("store", {"steps": 3, "accumulate": 3, "dropout": 0, "warmup_steps": 5}),
     "store, packed": ("store", {"steps": 3, "pack": True, "max_tokens": 64}),
+    "store, paged": ("store", {"steps": 4, "optimizer_budget": 0}),
+    "store, moments in 8 bits": ("store", {"steps": 4, "optimizer": "adamw-8bit"}),
+    "store, moments in 8 bits, paged": ("store", {"steps": 3, "optimizer": "adamw-8bit", "optimizer_budget": 0}),
     "store in float16, scaled": ("store", {"steps": 4, "dtype": "float16", "weight_decay": 0.1}),
 }
 
@@ -130,22 +133,37 @@ def test_a_run_stopped_again_and_again_ends_as_if_it_had_not_been(
     assert len(checkpoints(out)) == 2
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit"])
+def test_24_steps_with_a_stop_and_another_budget_for_the_optimizer_after_each_end_as_one_run(
+    places: Places, line_to: Callable[..., list[str]], tmp_path: Path, optimizer: str
+) -> None:
+    settings = {"steps": 24, "accumulate": 1, "eval_every": 0, "held_out": 0, "save_every": 0, "optimizer": optimizer}
+    assert places.run(line_to(tmp_path / "whole", **settings)) == 0
+    out, stops, budgets = tmp_path / "stopped", 0, itertools.cycle(("auto", 0))
+    # A look around before the one pass of a step, and one after the step.
+    while places.run(line_to(out, **settings, optimizer_budget=next(budgets)), stop_at=ROWS + 1) == 143:
+        stops += 1
+    assert stops == 24
+    assert outcome(out)[0] == outcome(tmp_path / "whole")[0]
+    pages = ("pages_in", "pages_out", "page_bytes")
+    steps = [{key: value for key, value in step.items() if key not in pages} for step in outcome(out)[1]]
+    assert steps == outcome(tmp_path / "whole")[1]
+    assert sum("pages_in" in step for step in outcome(out)[1]) == 12
+
+
 def _forget(what: str, state: TrainingState, progress: Progress) -> None:
     """Lose a part of the training state."""
-    moments = state.optimizer.state.values()
     if what == "the generator":
         torch.manual_seed(0)
     elif what == "the place in the data":
         state.progress.position = progress.micro_step * int(SETTINGS["batch_size"])
     elif what == "the moments":
-        for moment in itertools.chain.from_iterable((of["exp_avg"], of["exp_avg_sq"]) for of in moments):
-            moment.zero_()
+        kinds = itertools.chain.from_iterable(state.optimizer.expected(name).items() for name in state.parameters)
+        state.optimizer.load({key: torch.zeros(shape, dtype=dtype) for key, (shape, dtype) in kinds})
     elif what == "the count of updates":
-        for of in moments:
-            of["step"].zero_()
+        progress.updates = 0
     elif what == "the open window's gradients":
-        for parameter in state.parameters.values():
-            parameter.grad = None
+        state.optimizer.zero_grad()
     else:
         assert what == "nothing"
 

@@ -1,0 +1,19 @@
+"""How much of a gradient counts: clipping, the loss scale, and whether the step is to be skipped, as one number."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def clip_factor(norm: Tensor, *, loss: Tensor, scale: float, limit: float) -> Tensor:
+    """What gradients of that norm, made with a loss `scale` times too large, are multiplied by: float32, a scalar.
+
+    The loss is a scalar where the norm lies. The true norm becomes `limit` at most, any if that is 0. The factor is NaN where the norm or the loss is not finite.
+    It is worked out in float64 where the norm lies, so that nobody waits for it.
+    """
+    true = norm.double() / scale
+    # The small number is torch.nn.utils.clip_grad_norm_'s: curves stay comparable with other trainers'.
+    share = (limit / (true + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(true)
+    usable = true.isfinite() & loss.isfinite()
+    return torch.where(usable, share / scale, math.nan).float()
