@@ -7,7 +7,7 @@ import pluggy
 from qlora_pipe.artifacts import Adapter, Checkpoint, QuantizedCheckpoint, missing_part
 from qlora_pipe.config import GenerateConfig
 from qlora_pipe.data.tokenizer import Tokenizer
-from qlora_pipe.generate import generate, stream_text
+from qlora_pipe.generate import EagerSteps, generate, stream_text
 from qlora_pipe.nn.loaded import LoadedModel
 from qlora_pipe.plugins import find_architecture
 from qlora_pipe.stages.load import choose_device, choose_dtype, load, note_slow_kernels
@@ -59,5 +59,7 @@ def answer(loaded: LoadedModel, tokenizer: Tokenizer, prompt: str, config: Gener
         temperature=config.temperature,
         top_p=config.top_p,
         seed=config.seed,
+        # A captured step knows nothing of blocks that come and go.
+        steps=EagerSteps(loaded.causal) if loaded.residency.way == "streamed" else None,
     )
     yield from stream_text(tokenizer, new_ids, prompt=ids)

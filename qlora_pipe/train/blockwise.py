@@ -49,7 +49,7 @@ class BlockwisePass:
     @property
     def whole_windows(self) -> bool:
         """Whether to run all batches of a window at once: where bringing a block's weights in is what takes time."""
-        return False
+        return self._model.residency.prefers_layer_major
 
     def run(self, batches: Sequence[Batch], *, divisor: float, loss_scale: float = 1.0) -> list[Tensor]:
         """The summed loss of each batch over `divisor`, float32 scalars; gradients are those of `loss_scale` times it.

@@ -9,8 +9,8 @@ from torch import Tensor
 def clip_factor(norm: Tensor, *, loss: Tensor, scale: float, limit: float) -> Tensor:
     """What gradients of that norm, made with a loss `scale` times too large, are multiplied by: float32, a scalar.
 
-    The loss is a scalar where the norm lies. The true norm becomes `limit` at most, any if that is 0. The factor is NaN where the norm or the loss is not finite.
-    It is worked out in float64 where the norm lies, so that nobody waits for it.
+    The true norm becomes `limit` at most, any if that is 0. The factor is NaN where the norm or the loss, two scalars on
+    one device, is not finite. It is worked out there, in float64, so that nobody waits for it.
     """
     true = norm.double() / scale
     # The small number is torch.nn.utils.clip_grad_norm_'s: curves stay comparable with other trainers'.

@@ -143,7 +143,7 @@ def _read(losses: Sequence[Tensor], progress: Progress) -> None:
 def _update(job: Job, losses: Sequence[Tensor], *, rate: float, origins: Sequence[str]) -> tuple[float | None, Moved]:
     """Clip and apply the window's gradients; give their norm, or None where the step had to be skipped, and the pages.
 
-    The update is on its way before the host reads the norm and the losses: where they are not finite, it changes nothing.
+    The update is on its way before the host reads norm and losses: where these are not finite, it changes nothing.
     """
     state, progress, config = job.state, job.state.progress, job.config
     scaled_norm = gradient_norm(list(state.parameters.values()))

@@ -131,7 +131,7 @@ def test_the_factor_has_the_bits_of_the_same_arithmetic_on_the_host(norm: float,
     scaled = torch.tensor(norm * scale)
     true = float(scaled) / scale
     wanted = (min(1.0, limit / (true + 1e-6)) if limit else 1.0) / scale
-    found = clip_factor(scaled, loss=1.5, scale=scale, limit=limit)
+    found = clip_factor(scaled, loss=torch.tensor(1.5), scale=scale, limit=limit)
     assert found.dtype == torch.float32
     assert found.item() == torch.tensor(wanted, dtype=torch.float64).float().item()
 
@@ -139,4 +139,4 @@ def test_the_factor_has_the_bits_of_the_same_arithmetic_on_the_host(norm: float,
 @pytest.mark.parametrize(("norm", "loss"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
 @pytest.mark.parametrize("limit", [0.0, 0.3])
 def test_what_is_not_finite_gives_a_factor_that_skips_the_step(norm: float, loss: float, limit: float) -> None:
-    assert clip_factor(torch.tensor(norm), loss=loss, scale=2.0, limit=limit).isnan()
+    assert clip_factor(torch.tensor(norm), loss=torch.tensor(loss), scale=2.0, limit=limit).isnan()
