@@ -8,6 +8,9 @@ from torch import Tensor
 
 from qlora_kernels.adamw import BLOCK, SIGNED_ZERO, Moments8, Moments32
 
+# Pages are cut between groups of so many parameters: every field then begins at a multiple of 16 bytes, as the kernels'
+# widest loads want it.
+GROUP: Final = 4 * BLOCK
 # A budget can be met to about this share of all, however small that is.
 _LEAST_PAGES: Final = 40
 
@@ -31,7 +34,7 @@ _NARROW = (
 
 
 class Layout(NamedTuple):
-    """A page: the fields one after the other, each with room for `numbers` parameters, a multiple of 256."""
+    """A page: the fields one after the other, each with room for `numbers` parameters, a multiple of GROUP."""
 
     bits: int
     numbers: int
@@ -44,7 +47,7 @@ class Layout(NamedTuple):
     @property
     def page_bytes(self) -> int:
         """Bytes of a page."""
-        return self.numbers // BLOCK * bytes_per_block(self.bits)
+        return self.numbers // GROUP * bytes_per_group(self.bits)
 
     def parts(self, page: Tensor, numbers: int) -> list[Tensor]:
         """The fields of the first `numbers` parameters of a page, as views of its bytes (uint8)."""
@@ -66,15 +69,15 @@ def fields_of(bits: int) -> Sequence[Field]:
     return _WIDE if bits == 32 else _NARROW
 
 
-def bytes_per_block(bits: int) -> int:
-    """Bytes of all fields of 256 parameters."""
-    return sum(BLOCK // field.per * field.dtype.itemsize for field in fields_of(bits))
+def bytes_per_group(bits: int) -> int:
+    """Bytes of all fields of GROUP parameters."""
+    return sum(GROUP // field.per * field.dtype.itemsize for field in fields_of(bits))
 
 
 def paged_layout(bits: int, numbers: int, *, largest_page: int) -> Layout:
     """Cut the moments of so many parameters into pages that nearly fill a power of two in bytes."""
-    block = bytes_per_block(bits)
-    wanted = min(largest_page, numbers // BLOCK * block // _LEAST_PAGES)
-    # A power of two that holds one block at the least.
-    size = 1 << max(wanted.bit_length() - 1, (block - 1).bit_length())
-    return Layout(bits, size // block * BLOCK)
+    group = bytes_per_group(bits)
+    wanted = min(largest_page, numbers // GROUP * group // _LEAST_PAGES)
+    # A power of two that holds one group at the least.
+    size = 1 << max(wanted.bit_length() - 1, (group - 1).bit_length())
+    return Layout(bits, size // group * GROUP)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kernels.adamw import BLOCK, adamw_step, coefficients
-from qlora_pipe.optim.layout import Layout, bytes_per_block, fields_of, paged_layout
+from qlora_pipe.optim.layout import GROUP, Layout, bytes_per_group, fields_of, paged_layout
 from qlora_pipe.optim.pager import Moved, Pager
 from qlora_pipe.optim.storage import Storage
 
@@ -43,7 +43,7 @@ class PagedAdamW:
         self._bits, self._storage = bits, storage
         self._parameters = dict(parameters)
         self._spans = _spans(parameters)
-        self._numbers: int = -(-max(span.stop for span in self._spans.values()) // BLOCK) * BLOCK
+        self._numbers: int = -(-max(span.stop for span in self._spans.values()) // GROUP) * GROUP
         self._flat = torch.zeros(self._numbers, device=self._device)
         self._gradient = torch.zeros(self._numbers, device=self._device)
         self._gradients: dict[str, Tensor] = {}
@@ -65,7 +65,7 @@ class PagedAdamW:
     @property
     def state_bytes(self) -> int:
         """Bytes of all states."""
-        return self._numbers // BLOCK * bytes_per_block(self._bits)
+        return self._numbers // GROUP * bytes_per_group(self._bits)
 
     def step(self, *, lr: float, number: int, factor: Tensor) -> Moved:
         """Do update `number`, counted from 1, with the gradients times `factor`, one float32 number on the device.

@@ -53,7 +53,7 @@ def test_a_paged_run_ends_with_the_bytes_of_one_without_pages_and_counts_them(
     assert states[0] == states[1]
     assert not any(KEYS & step.keys() for step in metrics(whole))
     for step in metrics(paged):
-        assert step["pages_in"] == step["pages_out"] > 10
+        assert step["pages_in"] == step["pages_out"] > 3
         assert step["page_bytes"] > 0
     strip = [{key: value for key, value in step.items() if key not in KEYS | {"seconds"}} for step in metrics(paged)]
     assert strip == [{key: value for key, value in step.items() if key != "seconds"} for step in metrics(whole)]

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qlora_pipe.optim.lanes import HostLanes, Lanes
+from qlora_pipe.optim.layout import Layout, paged_layout
 from qlora_pipe.optim.paged_adamw import PagedAdamW
 from qlora_pipe.optim.pager import Moved
 from qlora_pipe.optim.storage import Storage, mapped_pages, storage_for
 from tests.pipe.late_lanes import LateLanes
 
 CPU = torch.device("cpu")
-SHAPES = ((3, 50), (64,), (100, 77), (1,), (513,))
+SHAPES = ((3, 50), (64,), (300, 77), (1,), (5130,))
 BETAS, DECAY = (0.9, 0.999), 0.1
 
 
@@ -110,8 +111,8 @@ def test_without_pages_it_has_the_bits_of_torchs_optimizer() -> None:
 @given(
     bits=st.sampled_from([32, 8]),
     shapes=st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=2).map(tuple), min_size=1, max_size=6).map(tuple),
-    budget=st.integers(0, 60_000),
-    largest_page=st.integers(1, 20_000),
+    budget=st.integers(0, 200_000),
+    largest_page=st.integers(1, 40_000),
     seed=st.integers(),
 )
 def test_any_budget_and_any_page_give_the_bits_of_no_pages(
@@ -135,7 +136,7 @@ def test_one_page_is_enough_and_a_file_may_hold_the_rest(tmp_path: Path, bits: i
     moved = steps(optimizer, named, range(1, 5))
     assert moved.pages_in == moved.pages_out == -(-optimizer.state_bytes // optimizer.resident_bytes)
     assert moved.bytes_in == moved.bytes_out >= optimizer.state_bytes
-    assert optimizer.resident_bytes < optimizer.state_bytes / 30
+    assert optimizer.resident_bytes < optimizer.state_bytes / 25
     wanted, wanted_states = reference(bits)
     assert equal(values(named), wanted)
     assert equal(states(optimizer, named), wanted_states)
@@ -143,7 +144,7 @@ def test_one_page_is_enough_and_a_file_may_hold_the_rest(tmp_path: Path, bits: i
 
 
 @pytest.mark.parametrize("bits", [32, 8])
-@pytest.mark.parametrize("after", [0, 3_000, 20_000, None], ids=str)
+@pytest.mark.parametrize("after", [0, 20_000, 60_000, None], ids=str)
 @pytest.mark.parametrize("before", [0, 10_000, None], ids=str)
 def test_states_saved_under_one_budget_go_on_under_another(bits: int, before: int | None, after: int | None) -> None:
     one, other = parameters(), parameters()
@@ -202,6 +203,21 @@ def test_a_gradient_that_was_replaced_is_noticed() -> None:
     named["layer.1"].grad = torch.zeros(64)
     with pytest.raises(AssertionError, match=r"the gradient of layer\.1 was replaced"):
         optimizer.step(lr=1e-2, number=1, factor=torch.ones(()))
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("numbers", [1024, 13 * 1024, 300 * 1024])
+def test_every_field_of_every_page_begins_at_16_bytes(bits: int, numbers: int) -> None:
+    for layout in (Layout(bits, numbers), paged_layout(bits, numbers, largest_page=50_000)):
+        assert layout.page_bytes % 16 == 0
+        page = torch.zeros(layout.page_bytes, dtype=torch.uint8)
+        parts = layout.parts(page, layout.numbers)
+        assert all((part.data_ptr() - page.data_ptr()) % 16 == 0 for part in parts)
+        # The fields lie side by side and fill the page.
+        assert sum(part.nbytes for part in parts) == layout.page_bytes
+        for value, part in enumerate(parts):
+            part.fill_(value + 1)
+        assert [part.unique().tolist() for part in parts] == [[value + 1] for value in range(len(parts))]
 
 
 def test_mapped_pages_are_zeros_of_their_own(tmp_path: Path) -> None:
