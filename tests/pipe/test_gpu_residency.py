@@ -13,6 +13,7 @@ from qlora_pipe.artifacts import open_model
 from qlora_pipe.cli import execute
 from qlora_pipe.config import FinetuneConfig, Recompute
 from qlora_pipe.data.batches import Batch
+from qlora_pipe.lanes import CudaLane
 from qlora_pipe.nn.adapt import adapters_of
 from qlora_pipe.nn.linear import QuantizedLinear
 from qlora_pipe.nn.loaded import LoadedModel
@@ -83,6 +84,21 @@ def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
     assert len(ours) == len(theirs)
     assert all(bool(torch.isfinite(one).all()) for one in ours)
     assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+def test_a_lane_copies_after_what_it_was_told_to_and_the_computation_goes_on_after_it() -> None:
+    lane = CudaLane(torch.device("cuda"))
+    source, target, back = torch.ones(1 << 20).pin_memory(), torch.zeros(1 << 20, device="cuda"), torch.empty(1 << 20)
+    back = back.pin_memory()
+    for value in range(2, 5):
+        # Long enough that a copy which did not wait would come first.
+        torch.cuda._sleep(20_000_000)
+        target.fill_(value)
+        brought = lane.copy(target, source, after=lane.here())
+        brought.wait()
+        target.add_(value)
+        lane.copy(back, target, after=lane.here()).finish()
+        assert bool((back == 1 + value).all())
 
 
 def test_all_tensors_of_a_resident_model_are_what_a_cpu_finds_in_the_file(store: Path) -> None:
