@@ -104,10 +104,13 @@ def measure(task: Task, folder: Path, *, device: str = "cuda") -> dict[str, Any]
     load_seconds = time.perf_counter() - begun
     if task.content == "tables":
         fill_with_noise(model)
-    config = FinetuneConfig(rank=task.rank, dropout=0.0)
+    # A model that does not stay on the GPU leaves its optimizer's moments to the host as well.
+    budget: Any = 0 if task.residency == "streamed" else "auto"
+    config = FinetuneConfig(rank=task.rank, dropout=0.0, optimizer_budget=budget)
     torch.manual_seed(0)
     adapt(model, config, start=None)
-    state = new_state(model, config)
+    state = new_state(model, config, scratch=folder / "moments")
+    whole = torch.ones((), device=device)
     model.module.train()
     passes = BlockwisePass(model, recompute=RecomputePlan("all"))
     ids = torch.randint(0, SHAPES[task.shape].vocabulary, (task.batch, task.tokens + 1))
@@ -123,8 +126,8 @@ def measure(task: Task, folder: Path, *, device: str = "cuda") -> dict[str, Any]
         torch.cuda.synchronize()
         begun = time.perf_counter()
         (loss,) = passes.run([batch], divisor=float(batch.trained))
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
+        state.optimizer.step(lr=config.learning_rate, number=number + 1, factor=whole)
+        state.optimizer.zero_grad()
         torch.cuda.synchronize()
         losses.append(float(loss))
         if number:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from gpu import require_gpu
-from hollow import SHAPES, filled_store
+from hollow import SHAPES, hollow_store
 from report import publish
 from train_worker import Side, Task
 
@@ -91,7 +91,7 @@ def main() -> None:
         work, shape = Path(name) / "large", SHAPES["8B"]
         if options.quick:
             shape = shape._replace(layers=QUICK_LAYERS)
-        filled_store(work / "store", shape)
+        hollow_store(work / "store", shape, shard_mib=4096, content="noise")
         prepare(work)
         described = f"8B shape, {shape.layers} layers"
         for tokens, batch in SIZES[: 1 if options.quick else None]:

@@ -82,7 +82,8 @@ def publish(
     `ceilings` are the machine's limits, as measured in the run.
     """
     versions = {package: version(package) for package in ("torch", *peers)}
-    columns = list(rows[0])
+    # Curves go to the file alone.
+    columns = [name for name, value in rows[0].items() if not isinstance(value, dict | list)]
     cells = [columns, *([_shown(row[column]) for column in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     print(", ".join(f"{key} {value}" for key, value in (machine() | versions).items()))

@@ -120,18 +120,18 @@ def _adapted(task: Task) -> tuple[Any, Any]:
 
 def ours(task: Task) -> Callable[[int], dict[str, float]]:
     """The training loop of `finetune`, one step at a time, without its log and checkpoints."""
-    from qlora_pipe.data.batches import IGNORE, Batch
+    from qlora_pipe.data.batches import IGNORE, Batch, Stream
     from qlora_pipe.train.blockwise import BlockwisePass
-    from qlora_pipe.train.loop import Job, _update
+    from qlora_pipe.train.loop import Job, update
     from qlora_pipe.train.recompute import RecomputePlan
     from qlora_pipe.train.session import new_state
 
     model, config = _adapted(task)
     model.module.train()
-    state = new_state(model, config)
+    state = new_state(model, config, scratch=task.work / "moments")
     passes = BlockwisePass(model, recompute=RecomputePlan(config.recompute))
     job = Job(
-        model=model, state=state, config=config, passes=passes, train=[], held_out=[],
+        model=model, state=state, config=config, passes=passes, stream=Stream([], seed=0), held_out=[],
         check_stop=lambda: None, report=lambda _: None, save=lambda: None,
     )  # fmt: skip
 
@@ -141,8 +141,8 @@ def ours(task: Task) -> Callable[[int], dict[str, float]]:
         trained = int((labels != IGNORE).sum())
         batch = Batch(ids=ids, labels=labels, tokens=ids.numel(), trained=trained, origins=())
         (loss,) = passes.run([batch], divisor=trained)
-        state.progress.loss_sum = float(loss)
-        norm = _update(job, rate=LEARNING_RATE, origins=())
+        state.progress.loss_sum = 0.0
+        norm, _ = update(job, [loss], rate=LEARNING_RATE, origins=())
         return {"loss": float(loss), "norm": norm or float("nan")}
 
     return step

@@ -9,7 +9,7 @@ from torch import Tensor
 def clip_factor(norm: Tensor, *, loss: Tensor, scale: float, limit: float) -> Tensor:
     """What gradients of that norm, made with a loss `scale` times too large, are multiplied by: float32, a scalar.
 
-    The true norm becomes `limit` at most, any if that is 0. The factor is NaN where the norm or the loss, two scalars on
+    The true norm becomes `limit` at most, any if that is 0. The factor is NaN where norm or loss, two scalars on
     one device, is not finite. It is worked out there, in float64, so that nobody waits for it.
     """
     true = norm.double() / scale

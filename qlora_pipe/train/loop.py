@@ -113,7 +113,7 @@ def _step(job: Job) -> dict[str, Any]:
             _read(losses, progress)
     begun = time.monotonic()
     rate = learning_rate(config, progress.step + 1)
-    norm, moved = _update(job, losses, rate=rate, origins=[origin for batch in window for origin in batch.origins])
+    norm, moved = update(job, losses, rate=rate, origins=[origin for batch in window for origin in batch.origins])
     metrics: dict[str, Any] = {
         "step": progress.step + 1,
         "loss": progress.loss_sum if math.isfinite(progress.loss_sum) else None,
@@ -140,7 +140,7 @@ def _read(losses: Sequence[Tensor], progress: Progress) -> None:
     progress.loss_sum = sum(map(float, losses), start=progress.loss_sum)
 
 
-def _update(job: Job, losses: Sequence[Tensor], *, rate: float, origins: Sequence[str]) -> tuple[float | None, Moved]:
+def update(job: Job, losses: Sequence[Tensor], *, rate: float, origins: Sequence[str]) -> tuple[float | None, Moved]:
     """Clip and apply the window's gradients; give their norm, or None where the step had to be skipped, and the pages.
 
     The update is on its way before the host reads norm and losses: where these are not finite, it changes nothing.

@@ -23,7 +23,7 @@ def _layers() -> dict[str, nn.Module]:
     adapted = LoraLinear(biased, rank=RANK, scale=1.5, dropout=0.5)
     nn.init.normal_(adapted.lora_a)
     nn.init.normal_(adapted.lora_b)
-    return {"plain": plain, "biased": biased, "adapted": adapted.eval()}
+    return {"plain": plain.eval(), "biased": biased.eval(), "adapted": adapted.eval()}
 
 
 @pytest.fixture
@@ -66,6 +66,13 @@ def test_a_gradient_takes_a_dense_weight_each_way(made_dense: list[object]) -> N
     _layers()["adapted"](x).sum().backward()
     assert x.grad is not None
     assert len(made_dense) == 2
+
+
+def test_training_makes_the_weight_dense_whatever_the_length(made_dense: list[object]) -> None:
+    layer = _layers()["plain"].train()
+    with torch.no_grad():
+        layer(_x(1, 1, IN))
+    assert len(made_dense) == 1
 
 
 def test_dropout_is_not_lost_without_gradients(made_dense: list[object]) -> None:

@@ -22,7 +22,7 @@ from qlora_pipe.testing import filled, tiny_weights
 from qlora_pipe.train.blockwise import BlockwisePass
 from qlora_pipe.train.loss import summed_loss
 from qlora_pipe.train.recompute import RecomputePlan
-from qlora_pipe.train.session import adapt, new_state
+from qlora_pipe.train.session import adapt
 from qlora_plugins.llama import register_architectures
 from tests.pipe.runs import finetune_line, metrics, small_checkpoint, write_rows
 
@@ -75,7 +75,7 @@ def loaded(dtype: torch.dtype, *, dropout: float = 0.0, **overrides: Any) -> Loa
 def loss_and_gradients(model: LoadedModel, batches: Sequence[Batch], *, recompute: Recompute = "none") -> list[Tensor]:
     """The loss of one window and the gradient of each adapter."""
     model.module.train()
-    parameters = new_state(model, FinetuneConfig()).parameters.values()
+    parameters = [parameter for parameter in model.module.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.grad = None
     passes = BlockwisePass(model, recompute=RecomputePlan(recompute))
