@@ -6,6 +6,7 @@ A chunk's logits are made, turned into their gradient softmax(logits) - onehot(l
 the head again. So the gradient of `hidden` is there when the loss is, and the logits are never made twice.
 """
 
+from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_kernels import rows_cpu
+from qlora_kernels.product_type import product_type
 from qlora_kernels.row_way import row_way
 
 # Bytes of one chunk of logits. Of smaller ones a CPU's matrix products are slower, whatever stays in the caches.
@@ -75,15 +77,42 @@ def forward(
         here = slice(start, min(start + chunk_rows, rows))
         hidden_RD = hidden_ND[here].to(head_VD.dtype)
         logits_RV = chunk_RV[: hidden_RD.shape[0]]
-        torch.mm(hidden_RD, head_VD.T, out=logits_RV)
+        _make_logits(hidden_RD, head_VD, logits_RV)
         cross_entropy(logits_RV, labels_N[here], losses_N[here], scale=scale, has_gradient=gradient_ND is not None)
         if gradient_ND is None:
             continue
-        if gradient_ND.dtype == head_VD.dtype:
-            torch.mm(logits_RV, head_VD, out=gradient_ND[here])
-        else:
-            gradient_ND[here] = logits_RV @ head_VD
+        _turn_back(logits_RV, head_VD, gradient_ND[here])
     return losses_N.sum() * scale
+
+
+def _make_logits(hidden_RD: Tensor, head_VD: Tensor, logits_RV: Tensor) -> None:
+    if product_type(head_VD) == head_VD.dtype:
+        torch.mm(hidden_RD, head_VD.T, out=logits_RV)
+        return
+    wide_RD = hidden_RD.to(product_type(head_VD))
+    for strip_VD, columns_RV in _strips(head_VD, logits_RV):
+        columns_RV.copy_(wide_RD @ strip_VD.T)
+
+
+def _turn_back(logits_RV: Tensor, head_VD: Tensor, gradient_RD: Tensor) -> None:
+    """From the logits' gradient that of the hidden states."""
+    wide = product_type(head_VD)
+    if wide != head_VD.dtype:
+        sum_RD = torch.zeros(gradient_RD.shape, dtype=wide, device=gradient_RD.device)
+        for strip_VD, columns_RV in _strips(head_VD, logits_RV):
+            sum_RD.addmm_(columns_RV.to(wide), strip_VD)
+        gradient_RD.copy_(sum_RD)
+    elif gradient_RD.dtype == head_VD.dtype:
+        torch.mm(logits_RV, head_VD, out=gradient_RD)
+    else:
+        gradient_RD.copy_(logits_RV @ head_VD)
+
+
+def _strips(head_VD: Tensor, logits_RV: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The head a few words at a time, in the type that products run in, each with its columns of the logits."""
+    words = max(1, _STRIP_BYTES // (4 * head_VD.shape[1]))
+    for strip_VD, columns_RV in zip(torch.split(head_VD, words), torch.split(logits_RV, words, dim=1), strict=True):
+        yield strip_VD.to(product_type(head_VD)), columns_RV
 
 
 def rows_of_a_chunk(head_VD: Tensor, rows: int) -> int:

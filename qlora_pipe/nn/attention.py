@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qlora_kernels.product_type import product_type
 from qlora_pipe.nn.packing import Packing
 
 
@@ -51,6 +52,9 @@ def flash_packed(queries: Tensor, keys: Tensor, values: Tensor, packing: Packing
 
 
 def _whole(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    # A processor without 16-bit products would take many times as long.
+    dtype, wide = queries.dtype, product_type(queries)
+    queries, keys, values = (each.to(wide) for each in (queries, keys, values))
     n_queries, n_keys = queries.shape[2], keys.shape[2]
     mask = None
     if 1 < n_queries < n_keys:
@@ -63,7 +67,7 @@ def _whole(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         is_causal=n_queries == n_keys and n_queries > 1,
         enable_gqa=queries.shape[1] != keys.shape[1],
     )
-    return mixed.transpose(1, 2).flatten(2)
+    return mixed.to(dtype).transpose(1, 2).flatten(2)
 
 
 def _sample_by_sample(queries: Tensor, keys: Tensor, values: Tensor, packing: Packing) -> Tensor:

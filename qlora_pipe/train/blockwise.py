@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qlora_pipe.architecture import matches
 from qlora_pipe.data.batches import Batch
 from qlora_pipe.errors import ConfigError
 from qlora_pipe.nn.linear import LoraLinear, share_scratch
@@ -145,8 +146,9 @@ class BlockwisePass:
     def _require_all_reached(self) -> None:
         """Raise ConfigError where an adapter would silently not be trained (the head's own gradient is autograd's)."""
         reached = {id(layer) for layers in self._adapters for layer in layers}
+        heads = self._model.architecture.keep_16bit
         for path, part in self._model.module.named_modules():
-            if isinstance(part, LoraLinear) and id(part) not in reached and not path.startswith("lm_head"):
+            if isinstance(part, LoraLinear) and id(part) not in reached and not matches(path, heads):
                 raise ConfigError(
                     f"the adapter on {path} lies outside of the model's blocks, where it cannot be trained."
                 )
