@@ -35,6 +35,13 @@ class Lane(Protocol):
         """
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU's on a device, which is not waited for."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def lane_on(device: torch.device) -> Lane:
     """A new lane: a stream of its own on a GPU, the stand-in elsewhere."""
     return CudaLane(device) if device.type == "cuda" else LateLane()

@@ -8,6 +8,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from qlora_pipe.lanes import sent
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Packing:
@@ -41,15 +43,8 @@ class Packing:
 
     def to(self, device: torch.device) -> Self:
         """The same with its tensors on a device, which is not waited for."""
-        positions, boundaries = self.positions, self.boundaries
-        if device.type == "cuda":
-            positions, boundaries = positions.pin_memory(), boundaries.pin_memory()
-        return type(self)(
-            lengths=self.lengths,
-            positions=positions.to(device, non_blocking=True),
-            boundaries=boundaries.to(device, non_blocking=True),
-            longest=self.longest,
-        )
+        positions, boundaries = sent(self.positions, device), sent(self.boundaries, device)
+        return type(self)(lengths=self.lengths, positions=positions, boundaries=boundaries, longest=self.longest)
 
     @property
     def spans(self) -> list[int]:

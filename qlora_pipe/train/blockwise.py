@@ -16,9 +16,10 @@ from torch import Tensor
 from qlora_pipe.architecture import matches
 from qlora_pipe.data.batches import Batch
 from qlora_pipe.errors import ConfigError
+from qlora_pipe.lanes import sent
 from qlora_pipe.nn.linear import LoraLinear, share_scratch
 from qlora_pipe.nn.loaded import LoadedModel
-from qlora_pipe.train.loss import loss_of_hidden, sent
+from qlora_pipe.train.loss import loss_of_hidden
 from qlora_pipe.train.recompute import RecomputePlan
 from qlora_pipe.train.shelf import Shelf, Shelved
 

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from qlora_kernels.frozen_head import head_loss
 from qlora_pipe.data.batches import IGNORE, Batch
+from qlora_pipe.lanes import sent
 from qlora_pipe.nn.loaded import LoadedModel
 
 # Rows whose logits autograd makes at a time.
@@ -42,13 +43,6 @@ def loss_of_hidden(model: LoadedModel, hidden: Tensor, batch: Batch) -> Tensor:
 
 def _at_least_float32(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU's on a device, without waiting for it."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
