@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from qlora_pipe.lanes import CudaLane
+
 Mark = Any
 """What the lanes at hand give out; only they look into it."""
 
@@ -56,30 +58,22 @@ class HostLanes:
 
 
 class CudaLanes:
-    """Two streams beside the one that computes, and events. With host pages that are not pinned the host waits."""
+    """Two lanes beside the stream that computes. With host pages that are not pinned the host waits."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._inward, self._outward = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
+        self._inward, self._outward = (CudaLane(device) for _ in range(2))
 
     def mark(self) -> Mark:
-        return torch.cuda.current_stream(self._device).record_event()
+        return self._inward.here()
 
     def bring(self, buffer: Tensor, source: Tensor, *, after: Mark) -> Mark:
-        return _copy(self._inward, buffer, source, after)
+        return self._inward.copy(buffer, source, after=after)
 
     def write_back(self, target: Tensor, buffer: Tensor, *, after: Mark) -> Mark:
-        return _copy(self._outward, target, buffer, after)
+        return self._outward.copy(target, buffer, after=after)
 
     def join(self, mark: Mark) -> None:
-        torch.cuda.current_stream(self._device).wait_event(mark)
+        mark.wait()
 
     def settle(self, mark: Mark) -> None:
-        mark.synchronize()
-
-
-def _copy(stream: torch.cuda.Stream, target: Tensor, source: Tensor, after: Mark) -> Mark:
-    with torch.cuda.stream(stream):
-        stream.wait_event(after)
-        target.copy_(source, non_blocking=True)
-        return stream.record_event()
+        mark.finish()

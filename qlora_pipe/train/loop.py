@@ -124,6 +124,8 @@ def _step(job: Job) -> dict[str, Any]:
     }
     if norm is None:
         metrics["skipped"] = True
+    if job.model.device.type == "cuda":
+        metrics["peak_mib"] = torch.cuda.max_memory_allocated(job.model.device) >> 20
     if moved.pages_in:
         metrics |= {"pages_in": moved.pages_in, "pages_out": moved.pages_out}
         metrics["page_bytes"] = moved.bytes_in + moved.bytes_out
