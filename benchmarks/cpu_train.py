@@ -119,10 +119,10 @@ def main() -> None:
         subprocess.run(Cell("float32", "native", 1).task(work).words("prepare"), check=True)
         for text in options.cells:
             cell = Cell.parse(text)
-            # The slow cells' curves are short.
-            slow = cell.instructions == "avx2" and cell.dtype == "bfloat16"
-            rounds, curve = (2, 3) if slow else (options.rounds, options.curve)
-            rows.append(measure(cell, work, rounds=rounds, curve=curve))
+            # One curve for each type; elsewhere the first steps' losses are compared.
+            whole = cell.instructions == "native" and cell.threads > 1
+            rounds = 2 if cell.tokens < 256 else options.rounds
+            rows.append(measure(cell, work, rounds=rounds, curve=options.curve if whole else 0))
             publish("cpu_train", rows=rows, peers=("transformers", "peft", "bitsandbytes"))
 
 
