@@ -123,9 +123,13 @@ def ours(task: Task) -> Callable[[int], dict[str, float]]:
     from qlora_pipe.data.batches import IGNORE, Batch, Stream
     from qlora_pipe.train.blockwise import BlockwisePass
     from qlora_pipe.train.loop import Job, update
+    from qlora_pipe.train.memory import keep_freed_memory
     from qlora_pipe.train.recompute import RecomputePlan
     from qlora_pipe.train.session import new_state
 
+    if task.device.type == "cpu":
+        # As `finetune` does.
+        keep_freed_memory()
     model, config = _adapted(task)
     model.module.train()
     state = new_state(model, config, scratch=task.work / "moments")

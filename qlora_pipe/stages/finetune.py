@@ -20,6 +20,7 @@ from qlora_pipe.nn.loaded import LoadedModel
 from qlora_pipe.plugins import find_architecture
 from qlora_pipe.stages.load import choose_device, choose_dtype, load, note_slow_kernels
 from qlora_pipe.train.estimate import step_bytes
+from qlora_pipe.train.memory import keep_freed_memory
 from qlora_pipe.train.request import FinetuneRequest, claim, inputs_of, refuse_another
 from qlora_pipe.train.session import Session, adapt, new_state
 from qlora_pipe.train.signals import StopFlag, stop_flag
@@ -53,6 +54,8 @@ def finetune(
         _check_start(base, start, note=note)
         device = choose_device(config.device)
         note_slow_kernels(device, note)
+        if device.type == "cpu":
+            keep_freed_memory()
         dtype = choose_dtype(config.dtype, device)
         inputs = inputs_of(request, manager, base=base, tokenizer=tokenizer, start=start, dtype=dtype)
         if run.final_path.exists() and finished(run.final_path, kind="adapter", inputs=inputs) is not None:

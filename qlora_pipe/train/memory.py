@@ -1,5 +1,7 @@
 """How much memory is left for a step."""
 
+import ctypes
+import platform
 from pathlib import Path
 
 import torch
@@ -9,6 +11,10 @@ _CGROUPS = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
     (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
 )
+
+# Of malloc.h; what is larger than this many bytes comes from the system each time, the most that the library allows.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+_LARGEST_HEAPED = 32 << 20
 
 
 def free_bytes(device: torch.device) -> int:
@@ -39,3 +45,19 @@ def _container_limits() -> list[int]:
             if most.isdigit():
                 found.append(max(0, int(most) - int(usage.read_text())))
     return found
+
+
+def keep_freed_memory() -> None:
+    """Let this process use the memory of freed tensors again instead of giving it back to the system, where it can.
+
+    A step allocates and frees the same tensors every time, and each page that the system gives anew is a fault and
+    zeros to write: a tenth of a step on a CPU. It is a setting of the GNU C library; elsewhere nothing changes.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, value in (
+            (_M_MMAP_THRESHOLD, _LARGEST_HEAPED),
+            (_M_TRIM_THRESHOLD, 2**31 - 1),
+            (_M_TOP_PAD, 64 << 20),
+        ):
+            mallopt(parameter, value)
