@@ -14,6 +14,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from qlora_kernels.rotary import rotate_reference
 from qlora_kernels.way import way_of
 
 _DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
@@ -69,7 +70,9 @@ def decode_attention_reference(
 ) -> Tensor:
     """The meaning, in plain torch, over all of the cache with what is not filled masked; a graph can hold it too."""
     if turns is not None:
-        queries, keys = _turned(queries, *turns), _turned(keys, *turns)
+        # Those of one position.
+        cosines, sines = (table.reshape(1, -1) for table in turns)
+        queries, keys = rotate_reference(queries, cosines, sines), rotate_reference(keys, cosines, sines)
     cached_keys.index_copy_(2, position, keys)
     cached_values.index_copy_(2, position, values)
     wide = torch.promote_types(queries.dtype, torch.float32)
@@ -83,11 +86,6 @@ def decode_attention_reference(
     scores_BKGC = (queries_BKGD @ keys_BKCD.transpose(2, 3)) * (1 / math.sqrt(size))
     mixed_BKGD = scores_BKGC.masked_fill(~seen_C, float("-inf")).softmax(-1) @ values_BKCD
     return mixed_BKGD.to(queries.dtype).reshape(n_batch, 1, -1)
-
-
-def _turned(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * cosines + torch.cat((-second, first), dim=-1) * sines
 
 
 def _goes_to_triton(queries: Tensor) -> bool:

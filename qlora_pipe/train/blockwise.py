@@ -61,7 +61,8 @@ class BlockwisePass:
         """
         model, device = self._model.causal, self._model.device
         # One draw for a batch: the masks do not depend on how often, or in which order, blocks run.
-        seeds = [int(torch.randint(_SEEDS, ())) if self._drops else 0 for _ in batches]
+        drops = self._drops
+        seeds = [int(torch.randint(_SEEDS, ())) if drops else 0 for _ in batches]
         with torch.no_grad():
             begun = [model.embed(sent(batch.ids, device), packing=batch.packing_on(device)) for batch in batches]
         states, told = [state for state, _ in begun], [told for _, told in begun]
