@@ -1,9 +1,12 @@
-"""What a dataset plugin yields: examples, each a short list of roles and texts with the place they came from."""
+"""What a dataset plugin says: how a file becomes rows, and a row examples, each a short list of roles and texts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from qlora_pipe.errors import DataError
+from qlora_pipe.rows import BadRow, Row, json_rows
 
 Role = Literal["system", "user", "assistant", "text"]
 
@@ -18,16 +21,24 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
-    """One sample to train on, before it becomes tokens.
-
-    `template` says how the messages become one string: "plain" sets them one after the other as they are (a prompt
-    and its answer, or a text); "chat" gives each turn its marker.
-    """
+    """One sample to train on, before it becomes tokens: a conversation, or a text."""
 
     messages: tuple[Message, ...]
     origin: str
     """Where it stands, for error messages: `train.jsonl:37`."""
-    template: Literal["plain", "chat"] = "plain"
+    form: str | None = None
+    """The chat template that its rows are written for, such as "alpaca" or "plain" (one after the other, as they are);
+    None for a conversation, which is rendered by the checkpoint's own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HubFiles:
+    """Where a dataset lies on the Hub."""
+
+    repo: str
+    """Such as `tatsu-lab/alpaca`."""
+    splits: Mapping[str, tuple[str, ...]]
+    """Globs over the repository's files, by split; the first split is the one that is meant if none is named."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,12 +48,25 @@ class Dataset:
     name: str
     help: str
     """One line for `qlora-pipe plugins`."""
-    read: Callable[[Path], Iterator[Example]]
-    """Yield the examples of a file in a fixed order; DataError names file, line and field of a malformed row."""
+    example: Callable[[Row], Example | Iterable[Example]]
+    """Turn one row into an example, or several; DataError, as `row.text` raises it, where the row can't be used."""
+    rows: Callable[[Path], Iterator[Row | BadRow]] = json_rows
+    """Yield the rows of a file or folder in a fixed order, a BadRow for one that can't be read and be gone on after."""
+    hub: HubFiles | None = None
+    """Where to fetch it where no path is given."""
+    fields: tuple[str, ...] = ()
+    """Names of fields that `--map` may give to others, such as `prompt`; () where a row's schema is fixed."""
+
+    def read(self, path: Path) -> Iterator[Example]:
+        """Yield the examples of a file; DataError at the first row that can't be used."""
+        for row in self.rows(path):
+            if isinstance(row, BadRow):
+                raise DataError(row.reason)
+            found = self.example(row)
+            yield from (found,) if isinstance(found, Example) else found
 
 
 def prompt_and_answer(prompt: str, answer: str, *, origin: str) -> Example:
     """Make the commonest example: a prompt as it is, and the answer that is to follow it."""
-    return Example(
-        messages=(Message(role="user", content=prompt), Message(role="assistant", content=answer)), origin=origin
-    )
+    messages = (Message(role="user", content=prompt), Message(role="assistant", content=answer))
+    return Example(messages=messages, origin=origin, form="plain")

@@ -30,7 +30,8 @@ FOLDERS = {
 }
 # Inside qlora_pipe, from the ground up: a module imports from its own row and those above it in this list.
 STOREYS = (
-    {"errors", "config", "settings", "architecture", "dataset", "exporter"},
+    {"errors", "config", "settings", "architecture", "rows", "chat_template", "exporter"},
+    {"dataset"},
     {"hookspecs", "lanes"},
     {"plugins"},
     {"hub", "model", "artifacts", "confined", "precision", "model_card", "nn", "data", "generate", "residency"},

@@ -33,6 +33,9 @@ class Sample:
     ids: NDArray[np.int32]
     trained: NDArray[np.bool_]
     origin: str
+    source: NDArray[np.int32] | None = None
+    """What the encoder of a seq2seq model reads [S], int32; `ids` are then what its decoder does, and begin with the id
+    that starts it."""
     cut: bool = False
     """Whether tokens beyond the longest sample allowed were left out."""
 
@@ -61,7 +64,7 @@ def encode(example: Example, tokenizer: Tokenizer, *, max_tokens: int) -> Iterat
 
 def pieces(example: Example) -> list[Piece]:
     """Render a conversation, one piece per answer; DataError where the last turn is not an answer."""
-    form = CHAT_FORM if example.template == "chat" else PLAIN_FORM
+    form = CHAT_FORM if example.form is None else PLAIN_FORM
     found: list[Piece] = []
     lead = ""
     for message in example.messages:

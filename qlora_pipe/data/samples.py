@@ -109,7 +109,7 @@ def load_samples(
             check()
         samples.extend(encode(example, tokenizer, max_tokens=max_tokens))
         rows += 1
-        chats += example.template == "chat"
+        chats += example.form is None
         if progress is not None:
             progress(rows, None)
     if not samples:

@@ -11,8 +11,8 @@ import tokenizers
 
 from qlora_formats.errors import FormatError
 from qlora_formats.strict_json import read_object
-from qlora_pipe.data.rows import LONE_SURROGATE
 from qlora_pipe.errors import ConfigError, DataError, MissingInputError
+from qlora_pipe.rows import LONE_SURROGATE
 
 TOKENIZER_FILE = "tokenizer.json"
 

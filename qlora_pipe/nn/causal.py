@@ -1,26 +1,17 @@
 """What every causal language model is: an embedding, blocks one after the other, a last norm, a head."""
 
 import abc
-from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from qlora_pipe.nn.cache import Cache, KVCache
+from qlora_pipe.nn.language import Inputs, LanguageModel
 from qlora_pipe.nn.packing import Packing
 
 
-class CausalModel(nn.Module, abc.ABC):
-    """A causal language model, cut where training and memory need it cut.
-
-    Training runs it block by block: it keeps the state before a block and recomputes the rest, and brings a block's
-    weights in while the one before still computes. So all that is quantised or adapted lies in a block, but the head.
-    """
-
-    @property
-    @abc.abstractmethod
-    def blocks(self) -> Sequence[nn.Module]:
-        """The blocks in the order they run. Each is called with the state [B, T, D] and what `embed` gave besides."""
+class CausalModel(LanguageModel):
+    """A causal language model: its state is one tensor [B, T, D]."""
 
     @abc.abstractmethod
     def embed(self, ids: Tensor, *, cache: Cache | None = None, packing: Packing | None = None) -> tuple[Tensor, Any]:
@@ -31,18 +22,9 @@ class CausalModel(nn.Module, abc.ABC):
         Architecture says `packs`, and never together with a cache.
         """
 
-    @abc.abstractmethod
-    def finish(self, state: Tensor) -> Tensor:
-        """The state [B, T, D] after the last block -> the hidden states [B, T, D] that the head reads."""
-
-    @abc.abstractmethod
-    def head(self, hidden: Tensor) -> Tensor:
-        """Hidden states [..., D] -> logits [..., vocabulary]."""
-
-    @property
-    def head_weight(self) -> Tensor | None:
-        """The matrix [vocabulary, D] where the head is the product with it, frozen; then no logits are ever kept."""
-        return None
+    def begin(self, inputs: Inputs) -> tuple[Tensor, Any]:
+        """Embed a batch's ids."""
+        return self.embed(inputs.ids, packing=inputs.packing)
 
     def hidden(self, ids: Tensor, *, cache: Cache | None = None, packing: Packing | None = None) -> Tensor:
         """Ids [B, T] -> the last hidden states [B, T, D].

@@ -2,22 +2,24 @@
 
 import json
 import random
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 
-from qlora_pipe.data.rows import MAX_ROW_BYTES, json_lines, json_rows
 from qlora_pipe.errors import DataError
+from qlora_pipe.rows import MAX_ROW_BYTES, BadRow, Row, json_lines, json_rows
 from qlora_plugins.datasets import alpaca, jsonl
 
 GOOD = b'{"prompt": "a", "answer": "b"}\n'
 
 
-def _reason(read: object, path: Path) -> str:
-    assert callable(read)
-    with pytest.raises(DataError) as caught:
-        list(read(path))
-    return str(caught.value)
+def _reason(read: Callable[[Path], Iterable[object]], path: Path) -> str:
+    """What is wrong with the first bad row, whether a file's reader hands it on or a dataset's raises it."""
+    try:
+        return next(row.reason for row in read(path) if isinstance(row, BadRow))
+    except DataError as fault:
+        return str(fault)
 
 
 def _turns(*turns: object) -> bytes:
@@ -82,7 +84,7 @@ JSONL_ROWS = {
 def test_malformed_row_is_named_by_file_line_and_field(tmp_path: Path, row: bytes, reason: str) -> None:
     path = tmp_path / "train.jsonl"
     path.write_bytes(GOOD * 36 + row + b"\n" + GOOD)
-    assert _reason(jsonl.read, path) == f"train.jsonl:37: {reason}"
+    assert _reason(jsonl.DATASET.read, path) == f"train.jsonl:37: {reason}"
 
 
 def test_deepest_row_allowed_is_read(tmp_path: Path) -> None:
@@ -98,6 +100,7 @@ def test_row_of_one_mebibyte_is_read_and_a_longer_one_refused(tmp_path: Path, st
     padding = b"x" * (MAX_ROW_BYTES - len(b'{"a": ""}'))
     path.write_bytes(start + b'{"a": "' + padding + b'"}' + end)
     (row,) = json_lines(path)
+    assert isinstance(row, Row)
     assert len(row.fields["a"]) == len(padding)
     path.write_bytes(start + b'{"a": "x' + padding + b'"}' + end)
     assert _reason(json_lines, path) == "train.jsonl:1: the row is longer than 1 MiB"
@@ -141,7 +144,7 @@ ARRAYS = {
 def test_malformed_array_is_named_by_file_line_and_field(tmp_path: Path, content: bytes, reason: str) -> None:
     path = tmp_path / "rows.json"
     path.write_bytes(content)
-    assert _reason(alpaca.read, path) == reason
+    assert _reason(alpaca.DATASET.read, path) == reason
 
 
 def test_empty_files_hold_no_rows(tmp_path: Path) -> None:
@@ -152,7 +155,10 @@ def test_empty_files_hold_no_rows(tmp_path: Path) -> None:
 
 
 def test_folder_in_place_of_a_file_is_a_data_error(tmp_path: Path) -> None:
-    assert _reason(jsonl.read, tmp_path) == f"{tmp_path} is a folder, and this dataset reads one file; name the file"
+    assert (
+        _reason(jsonl.DATASET.read, tmp_path)
+        == f"{tmp_path} is a folder, and this dataset reads one file; name the file"
+    )
 
 
 def _mutated(content: bytes, generator: random.Random) -> bytes:
@@ -176,7 +182,7 @@ def test_a_thousand_mutated_files_raise_nothing_but_data_errors(tmp_path: Path) 
     lines = b"".join(
         json.dumps(row).encode() + b"\n" for row in ({"prompt": "é\n", "answer": "b"}, {"messages": [USER, ASSISTANT]})
     )
-    sources = ((jsonl.read, lines), (alpaca.read, b"[\n" + ROW + b",\n" + ROW + b"\n]\n"))
+    sources = ((jsonl.DATASET.read, lines), (alpaca.DATASET.read, b"[\n" + ROW + b",\n" + ROW + b"\n]\n"))
     path = tmp_path / "rows"
     reasons: list[str] = []
     for _ in range(500):

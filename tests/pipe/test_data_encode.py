@@ -27,7 +27,7 @@ def _letters(*, bos_id: int | None) -> Tokenizer:
 
 def _chat(*turns: tuple[Role, str]) -> Example:
     messages = tuple(Message(role=role, content=content) for role, content in turns)
-    return Example(messages=messages, origin="rows.jsonl:7", template="chat")
+    return Example(messages=messages, origin="rows.jsonl:7")
 
 
 def _only(example: Example, tokenizer: Tokenizer, *, max_tokens: int = 10_000) -> Sample:
@@ -96,7 +96,7 @@ def test_targets_are_the_answers_each_with_one_eos(
 ) -> None:
     turns = [(role, content or "x") for role, content in [*turns, ("assistant", answer)]]
     messages = tuple(Message(role=role, content=content) for role, content in turns)
-    example = Example(messages=messages, origin="x:1", template="chat" if chat else "plain")
+    example = Example(messages=messages, origin="x:1", form=None if chat else "plain")
     sample = _only(example, _letters(bos_id=1 if bos else None))
     wanted = [token for role, content in turns if role == "assistant" for token in [*map(ord, content), 2]]
     first_is_answer = not bos and not chat and turns[0][0] == "assistant"

@@ -15,18 +15,26 @@ from qlora_pipe.data.samples import SampleSet, find_source, fingerprint_source, 
 from qlora_pipe.data.tokenizer import Tokenizer
 from qlora_pipe.dataset import Dataset, Example, prompt_and_answer
 from qlora_pipe.errors import DataError, MissingInputError, UsageProblem
+from qlora_pipe.rows import Row
 
 
-def _read_lines(path: Path) -> Iterator[Example]:
+def _lines(path: Path) -> Iterator[Row]:
     for number, line in enumerate(path.read_text().splitlines(), start=1):
-        prompt, _, answer = line.partition("|")
-        yield prompt_and_answer(prompt, answer, origin=f"{path.name}:{number}")
+        yield Row(fields={"line": line}, origin=f"{path.name}:{number}")
+
+
+def _example(row: Row) -> Example:
+    prompt, _, answer = row.text("line").partition("|")
+    return prompt_and_answer(prompt, answer, origin=row.origin)
 
 
 class _Plugin:
     @hookspecs.hookimpl
     def register_datasets(self) -> list[Dataset]:
-        return [Dataset(name=name, help="prompt|answer, one a line", read=_read_lines) for name in ("bars", "pipes")]
+        return [
+            Dataset(name=name, help="prompt|answer, one a line", rows=_lines, example=_example)
+            for name in ("bars", "pipes")
+        ]
 
 
 @pytest.fixture

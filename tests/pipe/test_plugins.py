@@ -51,7 +51,7 @@ def test_each_manager_is_fresh() -> None:
     class Extra:
         @hookimpl
         def register_datasets(self) -> list[Dataset]:
-            return [Dataset(name="extra", help="", read=lambda _path: iter(()))]
+            return [Dataset(name="extra", help="", example=lambda _row: ())]
 
     assert find_dataset(load_plugins(Extra()), "extra").name == "extra"
     with pytest.raises(UsageProblem, match=r"there is no dataset named 'extra' \(installed: alpaca, jsonl, text\)"):
@@ -88,7 +88,7 @@ def test_two_plugins_of_one_name_are_refused() -> None:
     class Twin:
         @hookimpl
         def register_datasets(self) -> list[Dataset]:
-            return [Dataset(name="alpaca", help="", read=lambda _path: iter(()))]
+            return [Dataset(name="alpaca", help="", example=lambda _row: ())]
 
     with pytest.raises(ConfigError, match="two plugins bring the dataset 'alpaca'"):
         find_dataset(load_plugins(Twin()), "alpaca")
@@ -101,11 +101,11 @@ def test_an_unknown_model_type_is_answered_with_the_installed_ones() -> None:
 
 def test_the_documented_dataset_reads_its_file(tmp_path: Path) -> None:
     manager = load_plugins(example("qlora_riddles"))
-    file = tmp_path / "riddles.txt"
-    file.write_text("What has keys and opens nothing? A piano\nNo question here\n")
+    file = tmp_path / "riddles.jsonl"
+    file.write_text('{"riddle": "What has keys and opens nothing? A piano"}\n{"riddle": "No question here"}\n')
     rows = find_dataset(manager, "riddles").read(file)
     assert [message.content for message in next(rows).messages] == ["What has keys and opens nothing?", " A piano"]
-    with pytest.raises(DataError, match=r"riddles.txt:2: a riddle needs a question mark"):
+    with pytest.raises(DataError, match=r'riddles.jsonl:2: field "riddle" has no question mark'):
         next(rows)
 
 

@@ -12,7 +12,7 @@ import pytest
 from qlora_pipe import hookspecs
 from qlora_pipe.data.samples import load_samples
 from qlora_pipe.data.tokenizer import Tokenizer
-from qlora_pipe.dataset import Example, Message
+from qlora_pipe.dataset import Example, Message, prompt_and_answer
 from qlora_pipe.errors import DataError
 from qlora_pipe.plugins import datasets, find_dataset
 from qlora_plugins import datasets as plugin
@@ -62,10 +62,7 @@ ALPACA_ROWS = [
 
 def _alpaca_examples(origins: tuple[str, str]) -> list[Example]:
     said = ((WITH_INPUT, "3"), (WITHOUT_INPUT, "Hi"))
-    return [
-        Example(messages=(Message(role="user", content=prompt), Message(role="assistant", content=answer)), origin=at)
-        for (prompt, answer), at in zip(said, origins, strict=True)
-    ]
+    return [prompt_and_answer(prompt, answer, origin=at) for (prompt, answer), at in zip(said, origins, strict=True)]
 
 
 def test_three_datasets_come_through_the_hook(manager: pluggy.PluginManager) -> None:
@@ -109,6 +106,7 @@ def test_jsonl_takes_pairs_and_conversations_in_one_file(manager: pluggy.PluginM
         Example(
             messages=(Message(role="user", content="2+2="), Message(role="assistant", content="4")),
             origin="rows.jsonl:1",
+            form="plain",
         ),
         Example(
             messages=(
@@ -117,7 +115,6 @@ def test_jsonl_takes_pairs_and_conversations_in_one_file(manager: pluggy.PluginM
                 Message(role="assistant", content="Ho"),
             ),
             origin="rows.jsonl:3",
-            template="chat",
         ),
     ]
 

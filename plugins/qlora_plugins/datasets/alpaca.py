@@ -1,10 +1,7 @@
 """Stanford Alpaca's form: `instruction`, `input` and `output`, as a JSON array or one object a line."""
 
-from collections.abc import Iterator
-from pathlib import Path
-
-from qlora_pipe.data.rows import json_rows
 from qlora_pipe.dataset import Dataset, Example, prompt_and_answer
+from qlora_pipe.rows import Row
 
 # The two prompts of the Alpaca dataset. The space at their end is part of them.
 WITH_INPUT = (
@@ -19,16 +16,17 @@ WITHOUT_INPUT = (
 )
 
 
-def read(path: Path) -> Iterator[Example]:
-    """Yield one prompt and answer a row; every row has the three fields, `input` may be empty."""
-    for row in json_rows(path):
-        instruction = row.text("instruction")
-        context = row.text("input", may_be_empty=True)
-        form = WITH_INPUT if context else WITHOUT_INPUT
-        prompt = form.format(instruction=instruction, input=context)
-        yield prompt_and_answer(prompt, row.text("output"), origin=row.origin)
+def example(row: Row) -> Example:
+    """Make a prompt and answer; every row has the three fields, `input` may be empty."""
+    instruction = row.text("instruction")
+    context = row.text("input", may_be_empty=True)
+    form = WITH_INPUT if context else WITHOUT_INPUT
+    prompt = form.format(instruction=instruction, input=context)
+    return prompt_and_answer(prompt, row.text("output"), origin=row.origin)
 
 
 DATASET = Dataset(
-    name="alpaca", help="instruction, input and output, rendered with Alpaca's two prompts (JSON or JSONL)", read=read
+    name="alpaca",
+    help="instruction, input and output, rendered with Alpaca's two prompts (JSON or JSONL)",
+    example=example,
 )

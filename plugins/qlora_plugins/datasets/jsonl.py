@@ -1,18 +1,14 @@
 """JSON Lines: a row has a `prompt` and an `answer`, or `messages` with a role and a content each."""
 
-from collections.abc import Iterator
-from pathlib import Path
-
-from qlora_pipe.data.rows import Row, json_lines, kind_of
 from qlora_pipe.dataset import Dataset, Example, Message, Role, prompt_and_answer
+from qlora_pipe.rows import Row, json_lines, kind_of
 
 ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
 
 
-def read(path: Path) -> Iterator[Example]:
-    """Yield one example a line; the two forms may stand in one file."""
-    for row in json_lines(path):
-        yield _conversation(row) if row.has("messages") else _pair(row)
+def example(row: Row) -> Example:
+    """Take either form; the two may stand in one file."""
+    return _conversation(row) if row.has("messages") else _pair(row)
 
 
 def _pair(row: Row) -> Example:
@@ -31,7 +27,7 @@ def _conversation(row: Row) -> Example:
     messages = tuple(_message(row, turn, name=f"messages[{index}]") for index, turn in enumerate(turns))
     if messages[-1].role != "assistant":
         row.refuse("messages", f"ends with the {messages[-1].role}, and the last word must be the assistant's")
-    return Example(messages=messages, origin=row.origin, template="chat")
+    return Example(messages=messages, origin=row.origin)
 
 
 def _message(row: Row, turn: object, *, name: str) -> Message:
@@ -48,5 +44,9 @@ def _message(row: Row, turn: object, *, name: str) -> Message:
 
 
 DATASET = Dataset(
-    name="jsonl", help="JSON Lines with prompt and answer, or with messages of system, user and assistant", read=read
+    name="jsonl",
+    help="JSON Lines with prompt and answer, or with messages of system, user and assistant",
+    rows=json_lines,
+    example=example,
+    fields=("prompt", "answer", "messages"),
 )

@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from qlora_pipe.data.rows import UTF8_BOM, decoded
 from qlora_pipe.dataset import Dataset, Example, Message
 from qlora_pipe.errors import DataError
+from qlora_pipe.rows import UTF8_BOM, Row, decoded
 
 
-def read(path: Path) -> Iterator[Example]:
+def rows(path: Path) -> Iterator[Row]:
     """Yield one document per file, in the order of the files' names; line ends stay as they are."""
     files = sorted(file for file in path.glob("*.txt") if file.is_file()) if path.is_dir() else [path]
     if not files:
@@ -17,7 +17,14 @@ def read(path: Path) -> Iterator[Example]:
         content = decoded(file.read_bytes().removeprefix(UTF8_BOM), file=file.name)
         if not content.strip():
             raise DataError(f"{file.name}: the file holds no text")
-        yield Example(messages=(Message(role="text", content=content),), origin=file.name)
+        yield Row(fields={"text": content}, origin=file.name)
 
 
-DATASET = Dataset(name="text", help="plain text, every token trained: a file, or a folder of *.txt files", read=read)
+def example(row: Row) -> Example:
+    """Take the document as it is."""
+    return Example(messages=(Message(role="text", content=row.fields["text"]),), origin=row.origin)
+
+
+DATASET = Dataset(
+    name="text", help="plain text, every token trained: a file, or a folder of *.txt files", rows=rows, example=example
+)

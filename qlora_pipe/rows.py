@@ -7,7 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -34,6 +34,8 @@ class Row:
     fields: dict[str, Any]
     origin: str
     """Where it stands: `train.jsonl:37`."""
+    raw: bytes = b""
+    """The row's own bytes, for the file that rows which can't be used are kept in."""
 
     def has(self, name: str) -> bool:
         """Say whether the row has a field of this name."""
@@ -63,6 +65,15 @@ class Row:
         raise DataError(f'{self.origin}: field "{name}" {reason}')
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BadRow:
+    """A row that can't be read, after which the file goes on."""
+
+    reason: str
+    """One sentence that names file, line and fault."""
+    raw: bytes
+
+
 def kind_of(value: object) -> str:
     """Name a JSON value's type with its article."""
     if value is None:
@@ -73,33 +84,42 @@ def kind_of(value: object) -> str:
     return kinds[type(value)]
 
 
-def json_rows(path: Path) -> Iterator[Row]:
+def json_rows(path: Path) -> Iterator[Row | BadRow]:
     """Yield the objects of a file that is one JSON array, or else has one object a line."""
     with _open(path) as file:
         start = file.read(4096)
     return json_array(path) if start.removeprefix(UTF8_BOM).lstrip().startswith(b"[") else json_lines(path)
 
 
-def json_lines(path: Path) -> Iterator[Row]:
+def json_lines(path: Path) -> Iterator[Row | BadRow]:
     """Yield the objects of a JSON Lines file, one a line of at most 1 MiB; blank lines are passed over."""
     with _open(path) as file:
         number = 0
         # Room for a byte order mark, "\r\n" and one byte more: a longer row is told from one that just fits.
         while line := file.readline(MAX_ROW_BYTES + 6):
             number += 1
-            origin = f"{path.name}:{number}"
             row = line.removeprefix(UTF8_BOM if number == 1 else b"").removesuffix(b"\n").removesuffix(b"\r")
-            _check_size(len(row), origin=origin)
             if not row.strip():
                 continue
-            text = decoded(row, file=path.name, first_line=number)
-            value, end = _parse(text, _skip_space(text, 0), file=path.name, first_line=number)
-            if end != len(text):
-                raise DataError(f"{origin}: not valid JSON at column {end + 1}: more text follows the row")
-            yield _row(value, origin=origin)
+            try:
+                yield _line(row, file=path.name, number=number)
+            except DataError as fault:
+                yield BadRow(reason=str(fault), raw=row)
+                while not line.endswith(b"\n") and (line := file.readline(MAX_ROW_BYTES)):
+                    pass
 
 
-def json_array(path: Path) -> Iterator[Row]:
+def _line(row: bytes, *, file: str, number: int) -> Row:
+    origin = f"{file}:{number}"
+    _check_size(len(row), origin=origin)
+    text = decoded(row, file=file, first_line=number)
+    value, end = _parse(text, _skip_space(text, 0), file=file, first_line=number)
+    if end != len(text):
+        raise DataError(f"{origin}: not valid JSON at column {end + 1}: more text follows the row")
+    return replace(_row(value, origin=origin), raw=row)
+
+
+def json_array(path: Path) -> Iterator[Row | BadRow]:
     """Yield the objects of a file that is one JSON array; a row's origin is the line that it begins on."""
     with _open(path) as file:
         text = decoded(file.read().removeprefix(UTF8_BOM), file=path.name)
