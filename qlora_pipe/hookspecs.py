@@ -4,6 +4,7 @@ A plugin is a module whose functions are marked with `hookimpl` and return data.
 arguments than the hook offers.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import pluggy
@@ -20,6 +21,14 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 @hookspec
 def register_architectures() -> list[Architecture]:  # type: ignore[empty-body]
     """Return the model families this plugin can build; called at the first look-up of a model."""
+
+
+@hookspec(firstresult=True)
+def find_architecture(config: Mapping[str, Any]) -> Architecture | None:
+    """Return a family made for a model's config; None leaves it to the next plugin, and at last to an error.
+
+    Called where a model is opened whose `model_type` is registered by nobody.
+    """
 
 
 @hookspec

@@ -3,7 +3,7 @@
 import importlib.metadata
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -93,16 +93,24 @@ def exporters(manager: pluggy.PluginManager) -> dict[str, Exporter]:
     return _gather(manager.hook.register_exporters(), kind="exporter")
 
 
-def find_architecture(manager: pluggy.PluginManager, model_type: object) -> Architecture:
-    """Find the family that reads a config's `model_type`; ConfigError lists what is installed."""
+def find_architecture(
+    manager: pluggy.PluginManager, model_type: object, *, config: Mapping[str, Any] | None = None
+) -> Architecture:
+    """Find the family that reads a config's `model_type`; ConfigError lists what is installed.
+
+    With the whole config, plugins are also asked for a family made for it, where none is registered.
+    """
     known = architectures(manager)
     for architecture in known.values():
         if model_type in architecture.model_types:
             return architecture
+    made: Architecture | None = None if config is None else manager.hook.find_architecture(config=config)
+    if made is not None:
+        return made
     types = sorted(model_type for family in known.values() for model_type in family.model_types)
     raise ConfigError(
         f"no installed plugin reads model_type {model_type!r} (installed: {', '.join(types) or 'none'})."
-        " Install one, or write it: docs/plugins.md."
+        " Install one, or write it: docs/plugins.md; qlora-pipe[transformers] trains most others."
     )
 
 

@@ -105,9 +105,12 @@ def test_only_hub_imports_huggingface_hub() -> None:
 
 def test_the_product_does_not_run_on_its_peers() -> None:
     peers = {"transformers", "peft", "bitsandbytes", "accelerate"}
+    # The one place that runs on one of them, which its extra installs.
+    room = FOLDERS["qlora_plugins"] / "transformers_models"
     for package in FLOORS:
         for path in sources(package):
-            assert not {name.split(".")[0] for name in imported(path)} & peers, path
+            allowed = {"transformers"} if path.parent == room else set()
+            assert not {name.split(".")[0] for name in imported(path)} & (peers - allowed), path
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["plugins", "--json"], *([name, "--help"] for name in COMMANDS)])

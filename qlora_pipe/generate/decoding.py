@@ -10,6 +10,7 @@ from torch import Tensor
 from qlora_pipe.errors import NonFiniteError, UsageProblem
 from qlora_pipe.generate.graph import CapturedSteps
 from qlora_pipe.generate.steps import CausalModel, EagerSteps, Steps
+from qlora_pipe.nn.cache import KVCache
 
 # What probabilities are fractions of. In double, it and all below are exact.
 _WHOLE = 2**52
@@ -67,7 +68,9 @@ def generate(
 
 def steps_of(model: CausalModel) -> Steps:
     """The fastest way of running a model whose weights stay where they are: captured on a GPU, else plain."""
-    return CapturedSteps(model) if model.new_cache(1, 0).stored.is_cuda else EagerSteps(model)
+    cache = model.new_cache(1, 0)
+    # A cache that is not ours may grow, which nothing captured can do.
+    return CapturedSteps(model) if isinstance(cache, KVCache) and cache.stored.is_cuda else EagerSteps(model)
 
 
 def _likeliest(steps: Steps, ids: Sequence[int], room: int) -> Iterator[int]:

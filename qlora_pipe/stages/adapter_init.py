@@ -108,7 +108,7 @@ def write_initial_adapter(
     whatever the number of threads. Raises DataError where the store was made from another source, ConfigError where the
     family names nothing to adapt, ExistsError (as CommitError) where `out` holds something else.
     """
-    architecture = find_architecture(manager, store.config.get("model_type"))
+    architecture = find_architecture(manager, store.config.get("model_type"), config=store.config)
     _require_made_from(source, store)
     inputs = {"base": store.identity, "settings": {"method": METHOD, "rank": rank}}
     if (done := finished(out, kind="adapter", inputs=inputs)) is not None:

@@ -46,7 +46,7 @@ def finetune(
         torch.set_num_threads(config.threads)
     with stop_flag() as stop:
         base = open_model(request.base, load=config.load, note=note)
-        architecture = find_architecture(manager, base.config.get("model_type"))
+        architecture = find_architecture(manager, base.config.get("model_type"), config=base.config)
         if config.pack and not architecture.packs:
             raise ConfigError(f"models of the family {architecture.name} cannot be trained with --pack; leave it out.")
         tokenizer = Tokenizer.open(base.path)

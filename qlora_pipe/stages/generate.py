@@ -29,7 +29,7 @@ def continue_text(
     """
     if (fault := missing_part(model, adapter)) is not None:
         note(fault)
-    architecture = find_architecture(manager, model.config.get("model_type"))
+    architecture = find_architecture(manager, model.config.get("model_type"), config=model.config)
     tokenizer = Tokenizer.open(model.path)
     device = choose_device(config.device)
     note_slow_kernels(device, note)

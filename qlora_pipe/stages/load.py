@@ -92,7 +92,13 @@ def load(
         with _layout(way, placed(base, architecture, dtype=dtype), device=device, note=note) as layout:
             # What is to live on the device is on its way meanwhile.
             module = _built(base, architecture)
-            layout.lay_blocks(_blocks(module))
+            blocks = _blocks(module)
+            if way == "streamed" and "" in blocks:
+                raise ConfigError(
+                    f"models of the family {architecture.name} are one block and can't be streamed; a GPU must hold all"
+                    " of it: --residency resident, or a smaller model."
+                )
+            layout.lay_blocks(blocks)
             _fill(module, base, architecture, dtype=dtype, part=layout.tensor)
             _settle_offsets(module, device)
         lives = layout.lives()

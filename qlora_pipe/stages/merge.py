@@ -66,7 +66,7 @@ def merge(
     where a value is too large for the data type, or where rounding would lose more of the adapter than `min_retention`
     allows; ExistsError (as CommitError) where `out` holds something else.
     """
-    architecture = find_architecture(manager, base.config.get("model_type"))
+    architecture = find_architecture(manager, base.config.get("model_type"), config=base.config)
     ties = architecture.ties(base.config)
     settings = {key: value for key, value in asdict(config).items() if key not in _FREE}
     inputs = {"base": base.identity, "adapter": adapter.identity, "settings": settings}

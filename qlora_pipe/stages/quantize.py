@@ -112,7 +112,7 @@ def _write_store(
     progress: Progress,
 ) -> QuantizeResult:
     model_type = source.config.get("model_type")
-    architecture = find_architecture(manager, model_type)
+    architecture = find_architecture(manager, model_type, config=source.config)
     ties = architecture.ties(source.config)
     infos = {name: source.weights.info(name) for name in source.weights.names if name not in ties}
     # Pickles are not read only to be compared with a store that is there; the store tells what tensors they hold.

@@ -57,7 +57,8 @@ class RecomputePlan:
 def bytes_kept(block: nn.Module, state: Tensor, told: Any) -> int:
     """What autograd keeps of a block's forward pass besides its input and weights, in bytes: tried out, not guessed."""
     apart = {part.untyped_storage().data_ptr() for part in (*block.parameters(), *block.buffers())}
-    before = state.detach().requires_grad_()
+    # The state of a model that is one block is its ids.
+    before = state.detach().requires_grad_(state.is_floating_point())
     apart.add(before.untyped_storage().data_ptr())
     found: dict[int, int] = {}
 

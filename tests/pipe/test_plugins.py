@@ -1,8 +1,11 @@
 """Plugins: found, listed, refused and called; the examples of docs/plugins.md are run as they stand there."""
 
+import dataclasses
 import json
 import re
+import sys
 import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from qlora_pipe.dataset import Dataset
 from qlora_pipe.errors import ConfigError, DataError, UsageProblem
 from qlora_pipe.exporter import Exporter
 from qlora_pipe.hookspecs import hookimpl
-from qlora_pipe.plugins import find_architecture, find_dataset, find_exporter, list_plugins, load_plugins
+from qlora_pipe.plugins import architectures, find_architecture, find_dataset, find_exporter, list_plugins, load_plugins
 from qlora_pipe.stages.finetune import finetune
 from qlora_pipe.stages.load import load
 from qlora_pipe.stages.merge import merge
@@ -97,6 +100,26 @@ def test_two_plugins_of_one_name_are_refused() -> None:
 def test_an_unknown_model_type_is_answered_with_the_installed_ones() -> None:
     with pytest.raises(ConfigError, match=r"no installed plugin reads model_type 'gpt2' \(installed: llama\)"):
         find_architecture(load_plugins(), "gpt2")
+
+
+def test_a_family_is_made_for_a_config_that_nobody_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "qlora_toy", example("qlora_toy"))
+    manager = load_plugins(example("qlora_toys"))
+    config = {"model_type": "toy-wide", "hidden_size": 8, "vocab_size": 11, "num_hidden_layers": 2}
+    assert find_architecture(manager, "toy-wide", config=config).name == "toy-wide"
+    with pytest.raises(ConfigError, match="no installed plugin reads model_type 'toy-wide'"):
+        find_architecture(manager, "toy-wide")
+
+
+def test_the_first_answer_about_a_config_is_taken_and_registered_families_come_before_it() -> None:
+    class Greedy:
+        @hookimpl
+        def find_architecture(self, config: Mapping[str, Any]) -> Architecture:
+            return dataclasses.replace(architectures(load_plugins())["llama"], name=f"made of {config['model_type']}")
+
+    manager = load_plugins(Greedy())
+    assert find_architecture(manager, "x", config={"model_type": "x"}).name == "made of x"
+    assert find_architecture(manager, "llama", config={"model_type": "llama"}).name == "llama"
 
 
 def test_the_documented_dataset_reads_its_file(tmp_path: Path) -> None:
