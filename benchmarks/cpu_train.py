@@ -5,9 +5,10 @@
 A LLaMA of 110M parameters, NF4 with double quantization, rank 16 on all linear layers, 4 x 256 tokens a step, no
 recomputation on either side. Each side runs in a process of its own and does a step when it is its turn, so that a busy
 moment meets all. On a shared machine a neighbour can take a core for seconds, and a step with all threads waits for the
-slowest: beside the median, each side's fastest step says what it does undisturbed. A cell is dtype:instructions:threads;
-`avx2` holds torch, its libraries and our C to AVX2, as on the processors where bfloat16 has no instructions of its own
-(the peer's C asks the processor alone). Writes results/cpu_train.json.
+slowest: beside the median, each side's fastest step says what it does undisturbed.
+
+A cell is dtype:instructions:threads; `avx2` holds torch, its libraries and our C to AVX2, as on the processors where
+bfloat16 has no instructions of its own (the peer's C asks the processor alone). Writes results/cpu_train.json.
 """
 
 import argparse

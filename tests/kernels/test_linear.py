@@ -251,3 +251,25 @@ def test_an_input_of_another_width_is_refused() -> None:
 def test_a_dense_base_that_requires_a_gradient_is_refused() -> None:
     with pytest.raises(ValueError, match="frozen"):
         lora_linear(torch.zeros(2, IN), torch.zeros(OUT, IN, requires_grad=True))
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_product_far_below_the_base_is_not_rounded_away(dtype: torch.dtype, bias: bool) -> None:
+    x, base = _normal(4096, IN, seed=1, dtype=dtype).requires_grad_(), _normal(OUT, IN, seed=5, dtype=dtype)
+    lora_a = _normal(RANK, IN, seed=2).requires_grad_()
+    # A thousandth of what it is added to, where bfloat16 has eight bits.
+    lora_b = (_normal(OUT, RANK, seed=3) * 5e-4).requires_grad_()
+    offset = _normal(OUT, seed=4, dtype=dtype) * 0.01 if bias else None
+    y = lora_linear(x, base, bias=offset, lora_a=lora_a, lora_b=lora_b)
+    dy = _normal(4096, OUT, seed=6, dtype=dtype)
+    y.backward(dy)
+
+    x64, base64, a64, b64, dy64 = (part.detach().double() for part in (x, base, lora_a, lora_b, dy))
+    alone, wanted = x64 @ base64.T + (0 if offset is None else offset.double()), x64 @ a64.T @ b64.T
+    dx_alone, dx_wanted = dy64 @ base64, dy64 @ b64 @ a64
+    assert x.grad is not None
+    for found, plain, added in ((y, alone, wanted), (x.grad, dx_alone, dx_wanted)):
+        # How much of it there is: 0.7 where it is added to what is already rounded.
+        share = ((found.double() - plain) * added).sum() / added.square().sum()
+        assert 0.9 < share < 1.1
