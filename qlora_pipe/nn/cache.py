@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qlora_kernels.decode_attention import decode_attention
 from qlora_kernels.rotary import rotate
-from qlora_pipe.nn.attention import causal_attention
+from qlora_pipe.nn.attention import PLAIN, Scores, causal_attention
 from qlora_pipe.nn.rotary import Rotary
 
 
@@ -18,9 +18,20 @@ class Cache(Protocol):
         """Cosines and sines [count, head_dim] of the next positions, in the type and on the device of `like`."""
 
     def attend(
-        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, *, cosines: Tensor, sines: Tensor
+        self,
+        layer: int,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        cosines: Tensor,
+        sines: Tensor,
+        scores: Scores = PLAIN,
     ) -> Tensor:
-        """Turn queries [B, H, T, D] and keys [B, KV, T, D], store keys and values, attend to all; [B, T, H * D]."""
+        """Turn queries [B, H, T, D] and keys [B, KV, T, D], store keys and values, attend to all; [B, T, H * D].
+
+        `scores` says how the layer's attention makes its scores: its window, its cap and its scale.
+        """
 
     def advance(self, positions: int) -> None:
         """Count positions as filled, after every layer has stored them."""
@@ -55,7 +66,15 @@ class KVCache:
         return rotary.tables(torch.arange(self.length, end, device=like.device), length=end, like=like)
 
     def attend(
-        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, *, cosines: Tensor, sines: Tensor
+        self,
+        layer: int,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        cosines: Tensor,
+        sines: Tensor,
+        scores: Scores = PLAIN,
     ) -> Tensor:
         """Attend from T tokens to themselves and the filled positions; ValueError where there is no room for them."""
         end = self.length + keys.shape[2]
@@ -64,7 +83,7 @@ class KVCache:
         self.keys[layer][:, :, self.length : end] = rotate(keys, cosines, sines)
         self.values[layer][:, :, self.length : end] = values
         seen_keys, seen_values = self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
-        return causal_attention(rotate(queries, cosines, sines), seen_keys, seen_values)
+        return causal_attention(rotate(queries, cosines, sines), seen_keys, seen_values, scores=scores)
 
     def advance(self, positions: int) -> None:
         """Count positions as filled, after every layer has stored them."""
@@ -106,9 +125,19 @@ class StepCache:
         return cosines, sines
 
     def attend(
-        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, *, cosines: Tensor, sines: Tensor
+        self,
+        layer: int,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        cosines: Tensor,
+        sines: Tensor,
+        scores: Scores = PLAIN,
     ) -> Tensor:
         """Attend from one token to itself and the filled positions."""
+        if scores != PLAIN:
+            raise NotImplementedError("a step attends to all that is filled, by plain scores")
         return decode_attention(
             queries,
             keys,
