@@ -24,8 +24,9 @@ from torch import nn
 
 from qlora_kernels import QuantizedTensor, quantize
 from qlora_pipe.generate import CapturedSteps, Steps, generate
+from qlora_pipe.nn.decoder import DecoderModel
 from qlora_pipe.nn.linear import QuantizedLinear, linear_modules, replace_module, share_scratch
-from qlora_plugins.llama.model import Llama, LlamaConfig
+from qlora_plugins.llama import build
 
 PROMPT = 128
 _HEAD_SIZE = 128
@@ -62,10 +63,10 @@ def random_weight(outputs: int, inputs: int, *, device: torch.device) -> Quantiz
     )
 
 
-def our_model(shape: Shape, *, device: torch.device) -> Llama:
+def our_model(shape: Shape, *, device: torch.device) -> DecoderModel:
     """Build it with random weights, made where they are used."""
     with torch.device("meta"):
-        model = Llama(LlamaConfig.read(config_of(shape)))
+        model = build(config_of(shape))
     for path, layer in linear_modules(model).items():
         if path != "lm_head":
             weight = random_weight(layer.out_features, layer.in_features, device=device)
@@ -109,14 +110,14 @@ def _fill(model: nn.Module, device: torch.device) -> None:
             setattr(model.get_submodule(owner), leaf, nn.Parameter(made, requires_grad=False))
 
 
-def bytes_per_token(model: Llama) -> int:
+def bytes_per_token(model: DecoderModel) -> int:
     """What of the weights is read for a token: all but the embedding, of which it is one row."""
     packed = sum(buffer.nbytes for buffer in model.buffers())
     dense = sum(weight.nbytes for name, weight in model.named_parameters() if "embed_tokens" not in name)
     return packed + dense
 
 
-def text_of(model: Llama, prompt: list[int], count: int, steps: Steps) -> tuple[float, float]:
+def text_of(model: DecoderModel, prompt: list[int], count: int, steps: Steps) -> tuple[float, float]:
     """Seconds to the first token of a text, and from there to the last."""
     start = time.perf_counter()
     tokens = generate(model, prompt, max_new_tokens=count, stop_ids=(), steps=steps)
@@ -142,7 +143,7 @@ def peer_text(model: Any, prompt: list[int], count: int) -> float:
 
 
 def measure(
-    name: str, model: Llama, peer: Any | None, *, count: int, rounds: int, bandwidth: float, peak: int
+    name: str, model: DecoderModel, peer: Any | None, *, count: int, rounds: int, bandwidth: float, peak: int
 ) -> dict[str, object]:
     """One row: medians over rounds, ours and the peer in turn; `bandwidth` in bytes a second, `peak` in bytes."""
     draws = torch.Generator().manual_seed(count)
@@ -178,7 +179,7 @@ def measure(
     return row
 
 
-def print_profile(model: Llama) -> None:
+def print_profile(model: DecoderModel) -> None:
     """Print what the GPU does in ten replayed steps, by kernel."""
     from torch.profiler import ProfilerActivity, profile
 

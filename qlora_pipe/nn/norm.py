@@ -1,9 +1,13 @@
 """Normalisation layers."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from qlora_kernels.norm import add_rms_norm, rms_norm, rms_norm_reference
+from qlora_pipe.nn.fields import Fields
 
 
 class RMSNorm(nn.Module):
@@ -29,3 +33,8 @@ class RMSNorm(nn.Module):
             total = x + delta
             return total, self(total)
         return add_rms_norm(x, delta, self.weight, eps=self.eps)
+
+
+def rms_norm_from(config: Fields) -> Callable[[int], RMSNorm]:
+    """Make what makes the norms of a model, all with the eps that its config gives."""
+    return partial(RMSNorm, eps=config.number("rms_norm_eps", above=0, at_most=1, default=1e-6))

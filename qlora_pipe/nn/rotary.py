@@ -14,9 +14,9 @@ from torch import Tensor
 
 from qlora_pipe.nn.fields import Fields
 from qlora_pipe.nn.packing import Packing
+from qlora_pipe.nn.sizes import MOST_POSITIONS
 
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
-MOST_POSITIONS = 2**30
 _MOST = 1e6
 _MOST_THETA = 1e18
 
@@ -152,13 +152,15 @@ class Rotary:
         return self._placed[device]
 
 
-def rotary_from(config: Fields, *, head_dim: int) -> Rotary:
-    """Make the tables that a config.json asks for.
+def rotary_from(config: Fields, *, head_dim: int, positions: int = 2048) -> Rotary:
+    """Make the tables that a config.json asks for; `positions` is the context of one that says nothing of it.
 
     It reads both generations of the format: `rope_parameters`, and `rope_theta` with `rope_scaling`. ConfigError names
     a field that is absurd, of an unknown kind, or says otherwise in one generation than in the other.
     """
-    max_positions = config.integer("max_position_embeddings", most=MOST_POSITIONS, default=2048)
+    max_positions = config.integer("max_position_embeddings", most=MOST_POSITIONS, default=positions)
+    if config.number("partial_rotary_factor", default=1.0) != 1.0:
+        raise config.error("partial_rotary_factor", "1: heads are turned as a whole")
     theta = config.number("rope_theta", above=1, at_most=_MOST_THETA, default=10_000.0)
     section = _the_section(config)
     if section is None:

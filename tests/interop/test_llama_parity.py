@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from qlora_pipe.generate import generate
+from qlora_pipe.nn.decoder import DecoderModel
 from qlora_pipe.testing import filled, tiny_checkpoint
 from qlora_plugins.llama import register_architectures
-from qlora_plugins.llama.model import Llama
 
 LLAMA = register_architectures()[0]
 BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-9}
@@ -72,10 +72,10 @@ def some_ids(*shape: int, below: int = 259) -> Tensor:
     return torch.randint(below, shape, generator=torch.Generator().manual_seed(len(shape) + sum(shape)))
 
 
-def ours(folder: Path, dtype: torch.dtype) -> Llama:
+def ours(folder: Path, dtype: torch.dtype) -> DecoderModel:
     config = json.loads((folder / "config.json").read_text())
     model = filled(LLAMA, config, load_file(folder / "model.safetensors"), dtype=dtype)
-    assert isinstance(model, Llama)
+    assert isinstance(model, DecoderModel)
     return model
 
 

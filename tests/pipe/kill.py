@@ -26,7 +26,7 @@ _IMPORTED_WHEN_NEEDED = (
     "qlora_pipe.stages.finetune",
     "qlora_pipe.stages.merge",
     "qlora_pipe.stages.quantize",
-    "qlora_plugins.llama.model",
+    "qlora_pipe.nn.decoder",
 )
 # A run is let through after this many kills: much of what a rerun does is looking at what is there.
 _MOST_KILLS = 3

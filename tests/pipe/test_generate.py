@@ -14,14 +14,14 @@ from torch import Tensor
 from qlora_pipe.errors import NonFiniteError, UsageProblem
 from qlora_pipe.generate import generate, stream_text
 from qlora_pipe.nn.cache import Cache, KVCache
+from qlora_pipe.nn.decoder import DecoderModel
 from qlora_pipe.testing import byte_tokenizer, filled, tiny_weights
 from qlora_plugins.llama import register_architectures
-from qlora_plugins.llama.model import Llama
 
 PROMPT = [1, 17, 4, 60]
 
 
-def tiny_llama(**overrides: Any) -> Llama:
+def tiny_llama(**overrides: Any) -> DecoderModel:
     config = {
         "hidden_size": 40,
         "intermediate_size": 56,
@@ -34,7 +34,7 @@ def tiny_llama(**overrides: Any) -> Llama:
     }
     architecture = register_architectures()[0]
     model = filled(architecture, config, tiny_weights(config, seed=5), dtype=torch.float64)
-    assert isinstance(model, Llama)
+    assert isinstance(model, DecoderModel)
     return model
 
 

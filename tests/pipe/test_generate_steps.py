@@ -14,10 +14,10 @@ from qlora_kernels import quantize
 from qlora_pipe.errors import NonFiniteError
 from qlora_pipe.generate import CapturedSteps, EagerSteps, Steps, generate, steps_of
 from qlora_pipe.nn.cache import StepCache
+from qlora_pipe.nn.decoder import DecoderModel
 from qlora_pipe.nn.linear import QuantizedLinear, linear_modules, replace_module
 from qlora_pipe.testing import filled, tiny_weights
 from qlora_plugins.llama import register_architectures
-from qlora_plugins.llama.model import Llama
 
 PROMPT = [1, 17, 4, 60]
 ON_A_GPU = [
@@ -32,7 +32,7 @@ KINDS: list[dict[str, Any]] = [
 ]
 
 
-def tiny_llama(*, dtype: torch.dtype = torch.float64, **overrides: Any) -> Llama:
+def tiny_llama(*, dtype: torch.dtype = torch.float64, **overrides: Any) -> DecoderModel:
     config = {
         "hidden_size": 40,
         "intermediate_size": 56,
@@ -44,11 +44,11 @@ def tiny_llama(*, dtype: torch.dtype = torch.float64, **overrides: Any) -> Llama
         **overrides,
     }
     model = filled(register_architectures()[0], config, tiny_weights(config, seed=5), dtype=dtype)
-    assert isinstance(model, Llama)
+    assert isinstance(model, DecoderModel)
     return model
 
 
-def four_bit_llama_on_a_gpu(dtype: torch.dtype) -> Llama:
+def four_bit_llama_on_a_gpu(dtype: torch.dtype) -> DecoderModel:
     model = tiny_llama(dtype=dtype, hidden_size=64, intermediate_size=96).to("cuda")
     for path, layer in linear_modules(model).items():
         if path != "lm_head":
@@ -69,7 +69,7 @@ class Recorded:
         return step
 
 
-def greedy(model: Llama, steps: Steps, *, prompt: Sequence[int] = PROMPT, count: int = 25) -> list[int]:
+def greedy(model: DecoderModel, steps: Steps, *, prompt: Sequence[int] = PROMPT, count: int = 25) -> list[int]:
     return list(generate(model, prompt, max_new_tokens=count, stop_ids=(), steps=steps))
 
 

@@ -1,34 +1,51 @@
-"""The LLaMA family: what is quantised and adapted of it. The modules are in model.py, imported when one is built."""
+"""The LLaMA family (arXiv 2302.13971, 2307.09288, 2407.21783), from 1 to 3.3: the decoder that others vary."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qlora_pipe.architecture import Architecture
 from qlora_pipe.hookspecs import hookimpl
 from qlora_pipe.nn.fields import Fields
+from qlora_pipe.nn.sizes import Sizes, tied_head
 
 if TYPE_CHECKING:
-    import torch
+    from qlora_pipe.nn.decoder import DecoderConfig, DecoderModel
 
 _LINEARS = ("model.layers.*.self_attn.*_proj", "model.layers.*.mlp.*_proj")
 
 
-def build(config: Mapping[str, Any]) -> "torch.nn.Module":
-    """Make the model a config.json describes; ConfigError names a field that it can't take."""
-    from qlora_plugins.llama.model import Llama, LlamaConfig
+def read(config: Mapping[str, Any]) -> "DecoderConfig":
+    """Read a config.json; ConfigError names a field that is missing, absurd, or asks for what isn't built here.
 
-    return Llama(LlamaConfig.read(config))
+    The defaults of absent fields are the format's own. `pretraining_tp` only says how a product was once split, and
+    `attention_dropout` belongs to a training recipe: neither changes what the model computes.
+    """
+    from qlora_pipe.nn.decoder import DecoderConfig
+
+    fields = Fields(config)
+    if fields.has("sliding_window"):
+        raise fields.error("sliding_window", "absent: a LLaMA's attention reaches every earlier token")
+    sizes = Sizes.read(fields)
+    attention_bias = fields.flag("attention_bias", default=False)
+    return replace(
+        DecoderConfig.read(fields, sizes),
+        qkv_bias=attention_bias,
+        o_bias=attention_bias,
+        mlp_bias=fields.flag("mlp_bias", default=False),
+    )
 
 
-def ties(config: Mapping[str, Any]) -> Mapping[str, str]:
-    """Say whether the head shares the embedding's storage."""
-    tied = Fields(config).flag("tie_word_embeddings", default=False)
-    return {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}
+def build(config: Mapping[str, Any]) -> "DecoderModel":
+    """Make the model that a config.json describes."""
+    from qlora_pipe.nn.decoder import DecoderModel
+
+    return DecoderModel(read(config))
 
 
 @hookimpl
 def register_architectures() -> list[Architecture]:
-    """LLaMA 1 to 3, and what was built like them."""
+    """LLaMA, and what was built like it."""
     return [
         Architecture(
             name="llama",
@@ -41,6 +58,6 @@ def register_architectures() -> list[Architecture]:
             keep_16bit=("lm_head",),
             adapt=_LINEARS,
             packs=True,
-            ties=ties,
+            ties=tied_head,
         )
     ]
