@@ -45,6 +45,48 @@ ROPES: dict[str, dict[str, Any]] = {
     "yarn, original beside": {"rope_scaling": {"rope_type": "yarn", **YARN}, "original_max_position_embeddings": 12},
 }
 
+# As published, each size of a model scaled down by a number of its own, the positions by 1024; None leaves a field out.
+_SCALED = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "Llama 1": {
+        "num_key_value_heads": None, "rope_theta": None, "attention_bias": None, "mlp_bias": None,
+        "max_position_embeddings": 2048, "max_sequence_length": 2048, "rms_norm_eps": 1e-06,
+        "architectures": ["LLaMAForCausalLM"], "initializer_range": 0.02, "use_cache": True,
+    },
+    "Llama 1, its first conversion": {
+        "num_key_value_heads": None, "rope_theta": None, "attention_bias": None, "mlp_bias": None,
+        "max_position_embeddings": None, "max_sequence_length": 2048, "tie_word_embeddings": None,
+    },
+    "Llama 2 7B": {"num_key_value_heads": 4, "max_position_embeddings": 4096, "pretraining_tp": 1},
+    "Llama 2 70B": {
+        "num_attention_heads": 16, "num_key_value_heads": 2, "hidden_size": 64, "max_position_embeddings": 4096,
+    },
+    "Llama 3 8B": {
+        "max_position_embeddings": 8192, "rope_theta": 500000.0, "attention_dropout": 0.0, "pretraining_tp": 1,
+    },
+    "Llama 3.1 8B": {
+        "max_position_embeddings": 128, "rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", **_SCALED},
+    },
+    "Llama 3.2 1B": {
+        "num_attention_heads": 8, "hidden_size": 64, "head_dim": 8, "max_position_embeddings": 128,
+        "rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", **_SCALED, "factor": 32.0},
+        "tie_word_embeddings": True,
+    },
+    "Llama 3.2 3B": {
+        "num_attention_heads": 6, "hidden_size": 48, "head_dim": 16, "max_position_embeddings": 128,
+        "rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", **_SCALED, "factor": 32.0},
+        "tie_word_embeddings": True,
+    },
+    "Llama 3.3 70B": {
+        "num_attention_heads": 16, "num_key_value_heads": 2, "hidden_size": 64, "max_position_embeddings": 128,
+        "eos_token_id": [1, 8, 9], "rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", **_SCALED},
+    },
+    "Llama 3.3, saved by transformers 5": {
+        "head_dim": 8, "rope_theta": None, "max_position_embeddings": 128, "pretraining_tp": 1, "use_cache": True,
+        "rope_parameters": {"rope_theta": 500000.0, "rope_type": "llama3", **_SCALED},
+    },
+}  # fmt: skip
+
 
 def random_config(seed: int) -> dict[str, Any]:
     """Draw a small model's sizes and flags; its trained context ends at 40 positions."""
@@ -109,6 +151,21 @@ def test_random_models_give_the_logits_of_transformers(tmp_path: Path, seed: int
     config = random_config(seed)
     folder = tiny_checkpoint(tmp_path, seed=seed, **config)
     assert_same_logits(folder, some_ids(3, 37), dtype)
+
+
+@pytest.mark.parametrize("null", [False, True], ids=["absent", "null"])
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_config_scaled_down_gives_the_logits_of_transformers(
+    tmp_path: Path, name: str, dtype: torch.dtype, null: bool
+) -> None:
+    folder = tiny_checkpoint(tmp_path, **PUBLISHED[name])
+    if null:
+        config = json.loads((folder / "config.json").read_text())
+        for field in ("head_dim", "rope_scaling", "num_key_value_heads"):
+            config.setdefault(field, None)
+        (folder / "config.json").write_text(json.dumps(config))
+    assert_same_logits(folder, some_ids(2, 51), dtype)
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
