@@ -66,6 +66,14 @@ class Fields:
             raise self.error(name, f"one of {', '.join(options)}")
         return value
 
+    def choices(self, name: str, options: Collection[str], *, count: int) -> list[str]:
+        """Read a list of so many words, each one of several."""
+        value = self._value(name, None)
+        known = isinstance(value, list) and all(isinstance(word, str) and word in options for word in value)
+        if not known or len(value) != count:
+            raise self.error(name, f"a list of {count}, each one of {', '.join(options)}")
+        return list(value)
+
     def section(self, name: str) -> Self | None:
         """Open an object inside the config; None where it is absent or empty."""
         value = self._value(name, {})

@@ -1,4 +1,4 @@
-"""What decoders of the LLaMA kind read from config.json in the same words: sizes, and whether the head is tied."""
+"""What decoders of the LLaMA kind read from config.json in the same words: sizes, a tied head, windows of layers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,3 +53,21 @@ def tied_head(config: Mapping[str, Any], *, default: bool = False) -> Mapping[st
     """Say as an Architecture's `ties` does whether the head shares the embedding's storage."""
     tied = Fields(config).flag("tie_word_embeddings", default=default)
     return {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}
+
+
+def windows_from(config: Fields, *, layers: int) -> tuple[int | None, ...]:
+    """Read the window of each layer's attention, in positions; None where it sees all that came before.
+
+    `use_sliding_window` turns windows on. Which layers have one, `layer_types` says, or else all from
+    `max_window_layers` on.
+    """
+    kinds = ("full_attention", "sliding_attention")
+    on = config.flag("use_sliding_window", default=False)
+    window = config.integer("sliding_window", most=MOST_POSITIONS, default=4096) if on else None
+    first = config.integer("max_window_layers", least=0, most=MOST_LAYERS, default=28) if on else layers
+    slides = [layer >= first for layer in range(layers)]
+    if config.has("layer_types"):
+        slides = [kind == kinds[1] for kind in config.choices("layer_types", kinds, count=layers)]
+    if any(slides) and not on:
+        raise config.error("layer_types", "full_attention throughout, as use_sliding_window is not true")
+    return tuple(window if each else None for each in slides)

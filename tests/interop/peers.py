@@ -8,7 +8,7 @@ import bitsandbytes
 import torch
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qlora_formats.store import StoredWeight
 from qlora_kernels.dispatch import dequantize
@@ -70,11 +70,11 @@ def our_weights(folder: Path, *, dtype: torch.dtype | None = None) -> dict[str, 
     }
 
 
-def theirs(folder: Path) -> LlamaForCausalLM:
+def theirs(folder: Path) -> PreTrainedModel:
     """A folder as transformers (and bitsandbytes, for a store) load it, with nothing missing and nothing left over."""
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
-    assert isinstance(model, LlamaForCausalLM)
+    assert isinstance(model, PreTrainedModel)
     return model.requires_grad_(False)
 
 
@@ -120,11 +120,11 @@ def dequantized_by_the_peer(packed: Tensor, state: Any, *, dtype: torch.dtype | 
     return dense.view(shape)
 
 
-def plain_model(folder: Path, weights: Mapping[str, Tensor]) -> LlamaForCausalLM:
+def plain_model(folder: Path, weights: Mapping[str, Tensor]) -> PreTrainedModel:
     """transformers' model with this folder's config, in float32 and unquantised, filled with dense weights."""
     config = dict(open_model(folder).config)
     config.pop("quantization_config", None)
-    model = LlamaForCausalLM(LlamaForCausalLM.config_class.from_dict(config)).float().eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).float().eval().requires_grad_(False)
     names = model.state_dict().keys()
     tied = dict.fromkeys(names - weights.keys(), weights["model.embed_tokens.weight"])
     assert set(tied) <= {"lm_head.weight"}
