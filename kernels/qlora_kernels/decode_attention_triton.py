@@ -2,13 +2,13 @@
 
 The meaning is `decode_attention.decode_attention_reference`. The cache is cut into chunks of N positions that many
 programs take side by side; each leaves its own softmax's maximum, sum and mix, and a second kernel joins them in the
-order of the chunks. N is fixed, so the result is the same whatever the capacity, and the same each time.
+order of the chunks. N is fixed, so the result is the same whatever the capacity, and the same each time. There are as
+many programs as chunks that a window can touch; the first takes the chunk in which the window begins.
 
 Shape legend: see decode_attention.py. Besides: S chunks, P = D / 2 pairs, of which a head's components i and i + P are
 one; G is padded to what a matrix product takes at least, P and D to powers of two.
 """
 
-import math
 from collections.abc import Iterator
 from typing import Final
 
@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qlora_kernels.decode_attention import Rule
 from qlora_kernels.variant import Variant
 
 # Positions per program: few enough that a short text keeps many programs busy, enough to join with little work.
@@ -39,6 +40,24 @@ def _turned(x: tl.tensor, cosines: tl.tensor, other: tl.tensor, sines: tl.tensor
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _tanh(x: tl.tensor) -> tl.tensor:
+    """In float32, as exact near 0, where 1 - exp(-2 x) has no digits left, as elsewhere."""
+    square = x * x
+    # Its series up to x^9; the next term is below half a unit in the last place of what is small.
+    series = -0.05396825396825397 + square * 0.021869488536155203
+    small = x + x * square * (-0.3333333333333333 + square * (0.13333333333333333 + square * series))
+    shrunk = tl.exp(-2.0 * tl.abs(x))
+    large = (1.0 - shrunk) / (1.0 + shrunk)
+    return tl.where(square < 0.0625, small, tl.where(x < 0.0, -large, large))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _first_chunk(position: tl.tensor, window: tl.tensor, CHUNK: tl.constexpr) -> tl.tensor:
+    """Where the chunk begins that holds the first position of the window."""
+    return tl.maximum(position - window + 1, 0) // CHUNK * CHUNK
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def attend_kernel(  # noqa: PLR0917
     queries_BHD: tl.tensor,
     keys_BKD: tl.tensor,
@@ -58,6 +77,8 @@ def attend_kernel(  # noqa: PLR0917
     values_batch_stride: tl.tensor,
     values_head_stride: tl.tensor,
     capacity: tl.tensor,
+    window: tl.tensor,
+    softcap: tl.tensor,
     scale: tl.tensor,
     GROUP: tl.constexpr,
     SIZE: tl.constexpr,
@@ -65,10 +86,14 @@ def attend_kernel(  # noqa: PLR0917
     PADDED_PAIRS: tl.constexpr,
     CHUNK: tl.constexpr,
     TURNS: tl.constexpr,
+    CAPS: tl.constexpr,
 ) -> None:
-    """One program: one chunk, one key head of one sequence, and the group of query heads that it serves."""
+    """One program: one chunk, one key head of one sequence, and the group of query heads that it serves.
+
+    Without TURNS the tables are not looked at, without CAPS the softcap.
+    """
     position = tl.load(position_1).to(tl.int32)
-    first = tl.program_id(0) * CHUNK
+    first = _first_chunk(position, window, CHUNK) + tl.program_id(0) * CHUNK
     if first > position:
         return
     head, n_heads = tl.program_id(1), tl.num_programs(1)
@@ -109,7 +134,8 @@ def attend_kernel(  # noqa: PLR0917
         tl.store(values + here + component_D, new_value_D, mask=real_D)
 
     # The row that is being written is taken from where it was made, never from memory.
-    old_N1, new_N1 = (row_N < position)[:, None], (row_N == position)[:, None]
+    inside_N = row_N > position - window
+    old_N1, new_N1 = ((row_N < position) & inside_N)[:, None], (row_N == position)[:, None]
     key_NP = tl.arange(0, CHUNK)[:, None] * SIZE + pair_P[None, :]
     key_one_NP = tl.load(keys + key_NP, mask=old_N1 & real_P[None, :], other=0.0)
     key_two_NP = tl.load(keys + key_NP + PAIRS, mask=old_N1 & real_P[None, :], other=0.0)
@@ -121,7 +147,9 @@ def attend_kernel(  # noqa: PLR0917
 
     score_GN = tl.dot(one_GP, tl.trans(key_one_NP), input_precision="ieee")
     score_GN = tl.dot(two_GP, tl.trans(key_two_NP), score_GN, input_precision="ieee") * scale
-    score_GN = tl.where((row_N <= position)[None, :], score_GN, float("-inf"))
+    if CAPS:
+        score_GN = _tanh(score_GN / softcap) * softcap
+    score_GN = tl.where(((row_N <= position) & inside_N)[None, :], score_GN, float("-inf"))
     top_G = tl.max(score_GN, axis=1)
     weight_GN = tl.exp(score_GN - top_G[:, None])
     sum_G = tl.sum(weight_GN, axis=1)
@@ -141,6 +169,7 @@ def join_kernel(  # noqa: PLR0917
     sums_SH: tl.tensor,
     position_1: tl.tensor,
     out_HD: tl.tensor,
+    window: tl.tensor,
     SIZE: tl.constexpr,
     PADDED_SIZE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -148,7 +177,8 @@ def join_kernel(  # noqa: PLR0917
 ) -> None:
     """One program joins the chunks of one head of one sequence."""
     head, n_heads = tl.program_id(0), tl.num_programs(0)
-    chunks = tl.load(position_1).to(tl.int32) // CHUNK + 1
+    position = tl.load(position_1).to(tl.int32)
+    chunks = (position - _first_chunk(position, window, CHUNK)) // CHUNK + 1
     component_D = tl.arange(0, PADDED_SIZE)
     real_D = component_D < SIZE
     top, total = float("-inf"), 0.0
@@ -179,11 +209,15 @@ def decode_attention_triton(
     cached_values: Tensor,
     position: Tensor,
     turns: tuple[Tensor, Tensor] | None,
+    rule: Rule,
 ) -> Tensor:
     """Two launches; arguments and result as `decode_attention_reference`. The last dimension of each is contiguous."""
     n_batch, n_heads, _, size = queries.shape
     n_kv, capacity = cached_keys.shape[1:3]
-    chunks = triton.cdiv(capacity, CHUNK)
+    # A window as long as the cache is none.
+    window = capacity if rule.window is None else min(rule.window, capacity)
+    # All but its first position fill so many chunks, or begin one more.
+    chunks = min(triton.cdiv(capacity, CHUNK), triton.cdiv(window - 1, CHUNK) + 1)
     mixed_SHD = torch.empty((chunks, n_batch * n_heads, size), dtype=torch.float32, device=queries.device)
     tops_SH, sums_SH = torch.empty((2, chunks, n_batch * n_heads), dtype=torch.float32, device=queries.device)
     out = torch.empty((n_batch, 1, n_heads * size), dtype=queries.dtype, device=queries.device)
@@ -203,10 +237,13 @@ def decode_attention_triton(
         sums_SH,
         *(stride for part in (queries, keys, values) for stride in part.stride()[:2]),
         capacity,
-        1 / math.sqrt(size),
+        window,
+        1.0 if rule.softcap is None else rule.softcap,
+        rule.scale,
         **_sizes(n_heads // n_kv, size),
         CHUNK=CHUNK,
         TURNS=turns is not None,
+        CAPS=rule.softcap is not None,
         **OPTIONS,
     )
     join_kernel[(n_batch * n_heads,)](
@@ -215,6 +252,7 @@ def decode_attention_triton(
         sums_SH,
         position,
         out,
+        window,
         SIZE=size,
         PADDED_SIZE=triton.next_power_of_2(size),
         CHUNK=CHUNK,
@@ -237,11 +275,13 @@ def variants() -> Iterator[Variant]:
     """The forms that are launched, for ahead_of_time.py."""
     for kind in ("fp32", "fp16", "bf16"):
         for group, size in ((1, 128), (4, 128), (8, 128), (8, 64)):
-            yield _attend_variant(kind, group=group, size=size)
+            yield _attend_variant(kind, group=group, size=size, caps=False)
+        for group, size in ((2, 256), (2, 128)):
+            yield _attend_variant(kind, group=group, size=size, caps=True)
         yield _join_variant(kind)
 
 
-def _attend_variant(kind: str, *, group: int, size: int) -> Variant:
+def _attend_variant(kind: str, *, group: int, size: int, caps: bool) -> Variant:
     tensors = [
         "queries_BHD",
         "keys_BKD",
@@ -258,11 +298,15 @@ def _attend_variant(kind: str, *, group: int, size: int) -> Variant:
         **dict.fromkeys(("mixed_SHD", "tops_SH", "sums_SH"), "*fp32"),
         **dict.fromkeys(strides, "i32"),
         "capacity": "i32",
+        "window": "i32",
+        "softcap": "fp32",
         "scale": "fp32",
     }
-    constants = {**_sizes(group, size), "CHUNK": CHUNK, "TURNS": True}
-    name = f"decode_attention_{kind}_group{group}_size{size}"
-    return Variant(name, attend_kernel, signature, constants, OPTIONS, (*strides, "capacity"))
+    constants = {**_sizes(group, size), "CHUNK": CHUNK, "TURNS": True, "CAPS": caps}
+    name = f"decode_attention_{kind}_group{group}_size{size}{'_capped' if caps else ''}"
+    # A program of such large heads has as many bytes under way as two of others, so half as many programs will do.
+    registers = 255 if size > 128 else 128
+    return Variant(name, attend_kernel, signature, constants, OPTIONS, (*strides, "capacity", "window"), registers)
 
 
 def _join_variant(kind: str) -> Variant:
@@ -270,6 +314,7 @@ def _join_variant(kind: str) -> Variant:
         **dict.fromkeys(("mixed_SHD", "tops_SH", "sums_SH"), "*fp32"),
         "position_1": "*i64",
         "out_HD": f"*{kind}",
+        "window": "i32",
     }
     constants = {"SIZE": 128, "PADDED_SIZE": 128, "CHUNK": CHUNK, "JOINED": _JOINED}
     return Variant(f"decode_attention_join_{kind}", join_kernel, signature, constants, OPTIONS)

@@ -147,6 +147,9 @@ class StepCache:
             position=self.position,
             cosines=cosines,
             sines=sines,
+            window=scores.window,
+            softcap=scores.softcap,
+            scale=scores.scale,
         )
 
     def advance(self, positions: int) -> None:

@@ -16,7 +16,13 @@ def _caches(*shape: int, filled: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (5, 1)])
 @pytest.mark.parametrize("length", [0, 9])
-def test_each_head_mixes_the_values_by_the_softmax_of_its_scores(length: int, heads: int, kv_heads: int) -> None:
+@pytest.mark.parametrize(
+    ("window", "softcap", "scale"),
+    [(None, None, None), (1, None, 0.3), (4, 1.5, None), (10, 0.7, 2.0), (99, None, 0.1)],
+)
+def test_each_head_mixes_the_values_by_the_softmax_of_its_scores(  # noqa: PLR0917
+    window: int | None, softcap: float | None, scale: float | None, length: int, heads: int, kv_heads: int
+) -> None:
     torch.manual_seed(0)
     cached_keys, cached_values = _caches(2, kv_heads, 13, 6, filled=length)
     queries = torch.randn(2, heads, 1, 6, dtype=torch.float64)
@@ -31,6 +37,9 @@ def test_each_head_mixes_the_values_by_the_softmax_of_its_scores(length: int, he
         position=torch.tensor([length]),
         cosines=angles.cos(),
         sines=angles.sin(),
+        window=window,
+        softcap=softcap,
+        scale=scale,
     )
 
     # As complex numbers, a turn is a product.
@@ -41,11 +50,14 @@ def test_each_head_mixes_the_values_by_the_softmax_of_its_scores(length: int, he
     torch.testing.assert_close(cached_keys[:, :, length], turned(keys)[:, :, 0], rtol=0, atol=1e-14)
     torch.testing.assert_close(cached_values[:, :, length], values[:, :, 0], rtol=0, atol=0)
     assert cached_keys[:, :, length + 1 :].isnan().all()
+    first = max(0, length + 1 - (window or length + 1))
     expected = torch.empty(2, 1, heads, 6, dtype=torch.float64)
     for head in range(heads):
         group = head // (heads // kv_heads)
-        seen_keys, seen_values = cached_keys[:, group, : length + 1], cached_values[:, group, : length + 1]
-        scores = torch.einsum("bd,bsd->bs", turned(queries)[:, head, 0], seen_keys) / 6**0.5
+        seen_keys, seen_values = (part[:, group, first : length + 1] for part in (cached_keys, cached_values))
+        scores = torch.einsum("bd,bsd->bs", turned(queries)[:, head, 0], seen_keys) * (scale or 6**-0.5)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
         expected[:, 0, head] = torch.einsum("bs,bsd->bd", scores.softmax(-1), seen_values)
     torch.testing.assert_close(mixed, expected.flatten(2), rtol=0, atol=1e-14)
 
@@ -71,6 +83,10 @@ def test_what_does_not_fit_is_refused() -> None:
         decode_attention(one, one, one[..., :4], cached_keys=keys, cached_values=values, position=position)
     with pytest.raises(ValueError, match="must have one type"):
         decode_attention(one, one, one.half(), cached_keys=keys, cached_values=values, position=position)
+    with pytest.raises(ValueError, match="a window of 0 or a cap of None leaves nothing"):
+        decode_attention(one, one, one, cached_keys=keys, cached_values=values, position=position, window=0)
+    with pytest.raises(ValueError, match=r"a window of None or a cap of -1\.0 leaves nothing"):
+        decode_attention(one, one, one, cached_keys=keys, cached_values=values, position=position, softcap=-1.0)
     strided = torch.zeros(1, 5, 2, 6).transpose(1, 2)
     with pytest.raises(ValueError, match="be contiguous"):
         decode_attention(one, one, one, cached_keys=strided, cached_values=values, position=position)

@@ -1,6 +1,7 @@
 """The kernels that attend from one new token, against the reference in float64."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -36,10 +37,10 @@ def _step(
     return {**on_device, "position": torch.tensor([length], device=DEVICE)}
 
 
-def _in_float64(step: dict[str, Tensor]) -> Tensor:
+def _in_float64(step: dict[str, Tensor], **rule: Any) -> Tensor:
     """The reference, which alone takes float64, on a copy."""
     return decode_attention(
-        **{name: part.double() if part.is_floating_point() else part for name, part in step.items()}
+        **{name: part.double() if part.is_floating_point() else part for name, part in step.items()}, **rule
     )
 
 
@@ -62,6 +63,43 @@ def test_kernel_gives_the_attention_over_what_is_filled(
     # Rounded to the type: turned queries and keys, the softmax's weights, and the result.
     bound = 2e-6 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(mixed.double(), expected, rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, 2.5), (1, None), (33, 50.0), (64, 2.5), (78, None), (500, 2.5)])
+@pytest.mark.parametrize("length", [0, 31, 77])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernel_sees_what_lies_in_its_window_and_caps_the_scores(
+    dtype: torch.dtype, length: int, window: int | None, softcap: float | None
+) -> None:
+    step = _step(length, 97, heads=6, kv_heads=2, size=12, dtype=dtype)
+    rule = {"window": window, "softcap": softcap, "scale": 0.6}
+    expected = _in_float64(step, **rule)
+    if window is not None:
+        # What lies before the window may be anything.
+        for name in ("cached_keys", "cached_values"):
+            step[name][:, :, : max(0, length + 1 - window)] = math.nan
+    bound = 4e-6 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(decode_attention(**step, **rule).double(), expected, rtol=bound, atol=bound)
+
+
+def test_a_window_in_which_all_lies_changes_no_bit() -> None:
+    step = _step(77, 97, heads=6, kv_heads=2, size=12, dtype=torch.float32)
+    plain = decode_attention(**step)
+    for window in (78, 97, 10**6):
+        torch.testing.assert_close(decode_attention(**step, window=window), plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 0.2, 0.3, 3.0, 40.0])
+def test_capped_scores_are_as_exact_for_small_ones_as_for_large(size: float) -> None:
+    # One component makes the score; the values tell the two keys' weights apart.
+    step = _step(1, 4, heads=1, kv_heads=1, size=2, dtype=torch.float32)
+    del step["cosines"], step["sines"]
+    one = torch.tensor([1.0, 0.0], device=DEVICE)
+    step["queries"], step["keys"] = (torch.full((1, 1, 1, 2), size**0.5, device=DEVICE) * one for _ in range(2))
+    step["cached_keys"][0, 0, 0], step["cached_values"][0, 0, 0], step["values"][:] = 0.0, 0.0, one
+    found = decode_attention(**step, softcap=50.0, scale=1.0)[0, 0, 0].item()
+    # The cap multiplies what tanh loses by 50; what is left is the rounding of weights of about a half.
+    assert found == pytest.approx(1 / (1 + math.exp(-50 * math.tanh(size / 50))), abs=1.5e-7)
 
 
 @pytest.mark.parametrize("length", [0, 32, 63])
