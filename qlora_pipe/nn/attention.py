@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from qlora_kernels.product_type import product_type
 from qlora_pipe.nn.packing import Packing
+from qlora_pipe.nn.ruled_attention import Rule, flex_ruled, flex_takes, ruled_attention
 
 
 class Scores(NamedTuple):
@@ -39,15 +40,21 @@ def causal_attention(
     """
     if packing is None:
         return _whole(queries, keys, values, scores)
-    if _flash_takes(queries) and scores == PLAIN:
-        return flash_packed(queries, keys, values, packing)
+    if scores.window is not None and scores.window >= packing.longest:
+        scores = scores._replace(window=None)
+    if scores.softcap is None and _flash_takes(queries, scores):
+        return flash_packed(queries, keys, values, packing, scores=scores)
+    if (scores.softcap is not None or scores.window is not None) and flex_takes(queries):
+        mixed = flex_ruled(queries, keys, values, _rule(queries, scores), packing=packing)
+        return mixed.transpose(1, 2).flatten(2)
     return _sample_by_sample(queries, keys, values, packing, scores)
 
 
-def flash_packed(queries: Tensor, keys: Tensor, values: Tensor, packing: Packing) -> Tensor:
+def flash_packed(queries: Tensor, keys: Tensor, values: Tensor, packing: Packing, *, scores: Scores = PLAIN) -> Tensor:
     """The same for packed rows in one kernel, which is told where samples begin (FlashAttention-2, arXiv 2307.08691).
 
-    It takes float16 and bfloat16 on a GPU from the Ampere generation on, and needs torch 2.10.
+    It takes float16 and bfloat16 on a GPU from the Ampere generation on, and needs torch 2.10; later versions take a
+    window and a scale. It has no cap.
     """
     # Older versions of torch have no such module.
     from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415
@@ -55,7 +62,11 @@ def flash_packed(queries: Tensor, keys: Tensor, values: Tensor, packing: Packing
     # [B, H, T, D] -> [B * T, H, D], which is how the projections made them: no copy.
     q, k, v = (each.transpose(1, 2).flatten(0, 1) for each in (queries, keys, values))
     known = _arguments(varlen_attn)
-    settings: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    # It counts the positions before the query's own.
+    back = -1 if scores.window is None else scores.window - 1
+    settings: dict[str, Any] = {"window_size": (back, 0)} if "window_size" in known else {"is_causal": True}
+    if scores.scale is not None:
+        settings["scale"] = scores.scale
     shared = q.shape[1] // k.shape[1]
     if shared > 1 and "enable_gqa" in known:
         settings["enable_gqa"] = True
@@ -71,16 +82,16 @@ def _whole(queries: Tensor, keys: Tensor, values: Tensor, scores: Scores) -> Ten
     # A processor without 16-bit products would take many times as long.
     dtype, wide = queries.dtype, product_type(queries)
     queries, keys, values = (each.to(wide) for each in (queries, keys, values))
-    n_queries, n_keys = queries.shape[2], keys.shape[2]
-    reaches_all = scores.window is None or scores.window >= n_keys
-    mask = None
-    if not reaches_all or 1 < n_queries < n_keys or scores.softcap is not None:
-        mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=queries.device).tril(n_keys - n_queries)
-        if scores.window is not None:
-            mask = mask.triu(n_keys - n_queries - scores.window + 1)
-    if scores.softcap is not None:
-        mixed = _capped(queries, keys, values, mask=mask, scores=scores)
-    else:
+    n_queries, window = queries.shape[2], scores.window
+    if window is not None and n_queries == 1:
+        keys, values = (each[:, :, -window:] for each in (keys, values))
+    n_keys = keys.shape[2]
+    if window is not None and window >= n_keys:
+        window = None
+    if scores.softcap is None and window is None:
+        mask = None
+        if 1 < n_queries < n_keys:
+            mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=queries.device).tril(n_keys - n_queries)
         mixed = functional.scaled_dot_product_attention(
             queries,
             keys,
@@ -90,20 +101,14 @@ def _whole(queries: Tensor, keys: Tensor, values: Tensor, scores: Scores) -> Ten
             scale=scores.scale,
             enable_gqa=queries.shape[1] != keys.shape[1],
         )
+    else:
+        mixed = ruled_attention(queries, keys, values, _rule(queries, scores._replace(window=window)))
     return mixed.to(dtype).transpose(1, 2).flatten(2)
 
 
-def _capped(queries: Tensor, keys: Tensor, values: Tensor, *, mask: Tensor | None, scores: Scores) -> Tensor:
-    """Attention with capped scores, all of which exist at once: [B, H, T, D]."""
-    assert scores.softcap is not None
-    shared = queries.shape[1] // keys.shape[1]
-    keys, values = (each.repeat_interleave(shared, dim=1) for each in (keys, values))
+def _rule(queries: Tensor, scores: Scores) -> Rule:
     scale = queries.shape[-1] ** -0.5 if scores.scale is None else scores.scale
-    raw = (queries @ keys.mT * scale).float() if queries.dtype != torch.float64 else queries @ keys.mT * scale
-    capped = torch.tanh(raw / scores.softcap) * scores.softcap
-    if mask is not None:
-        capped = capped.masked_fill(~mask, -torch.inf)
-    return capped.softmax(-1).to(queries.dtype) @ values
+    return Rule(scores.window, scores.softcap, scale)
 
 
 def _sample_by_sample(queries: Tensor, keys: Tensor, values: Tensor, packing: Packing, scores: Scores) -> Tensor:
@@ -119,7 +124,7 @@ def _sample_by_sample(queries: Tensor, keys: Tensor, values: Tensor, packing: Pa
     return torch.cat(mixed, dim=1).view(queries.shape[0], queries.shape[2], -1)
 
 
-def _flash_takes(queries: Tensor) -> bool:
+def _flash_takes(queries: Tensor, scores: Scores) -> bool:
     head_dim = queries.shape[-1]
     return (
         queries.is_cuda
@@ -128,12 +133,21 @@ def _flash_takes(queries: Tensor) -> bool:
         and head_dim <= 256
         and torch.cuda.get_device_capability(queries.device) >= (8, 0)
         and _torch_has_flash()
+        and (scores.window is None or _flash_knows("window_size"))
+        and (scores.scale is None or _flash_knows("scale"))
     )
 
 
 @cache
 def _torch_has_flash() -> bool:
     return find_spec("torch.nn.attention.varlen") is not None
+
+
+def _flash_knows(setting: str) -> bool:
+    # Older versions of torch have no such module.
+    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415
+
+    return setting in _arguments(varlen_attn)
 
 
 @cache
