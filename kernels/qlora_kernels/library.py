@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 # That of the library which the structures below fit.
-INTERFACE: Final = 4
+INTERFACE: Final = 5
 
 
 class Intervals(ctypes.Structure):

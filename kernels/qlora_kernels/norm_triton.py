@@ -26,6 +26,7 @@ def rms_norm_kernel(  # noqa: PLR0917
     eps: tl.tensor,
     WIDTH: tl.constexpr,
     ADDS: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr,
 ) -> None:
     """Without ADDS, delta_TD and total_TD are not looked at."""
     row = tl.program_id(0).to(tl.int64)
@@ -41,8 +42,12 @@ def rms_norm_kernel(  # noqa: PLR0917
     root = 1.0 / tl.sqrt_rn(tl.sum(x_W * x_W, axis=0) / width + eps)
     tl.store(roots_T + row, root)
     weight_W = tl.load(weight_D + place_W, mask=inside_W, other=0.0).to(tl.float32)
-    # Rounded before the weight multiplies, as the meaning has it.
-    normed_W = (x_W * root).to(y_TD.dtype.element_ty).to(tl.float32)
+    normed_W = x_W * root
+    if UNIT_OFFSET:
+        weight_W += 1.0
+    else:
+        # Rounded before the weight multiplies, as the meaning has it.
+        normed_W = normed_W.to(y_TD.dtype.element_ty).to(tl.float32)
     tl.store(y_TD + first + place_W, (normed_W * weight_W).to(y_TD.dtype.element_ty), mask=inside_W)
 
 
@@ -57,6 +62,7 @@ def rms_norm_backward_kernel(  # noqa: PLR0917
     width: tl.tensor,
     WIDTH: tl.constexpr,
     ADDS: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr,
 ) -> None:
     """Without ADDS, dtotal_TD is not looked at."""
     row = tl.program_id(0).to(tl.int64)
@@ -66,7 +72,10 @@ def rms_norm_backward_kernel(  # noqa: PLR0917
     root = tl.load(roots_T + row)
     x_W = tl.load(x_TD + first + place_W, mask=inside_W, other=0.0).to(tl.float32) * root
     dy_W = tl.load(dy_TD + first + place_W, mask=inside_W, other=0.0).to(tl.float32)
-    g_W = dy_W * tl.load(weight_D + place_W, mask=inside_W, other=0.0).to(tl.float32)
+    weight_W = tl.load(weight_D + place_W, mask=inside_W, other=0.0).to(tl.float32)
+    if UNIT_OFFSET:
+        weight_W += 1.0
+    g_W = dy_W * weight_W
     dx_W = root * (g_W - x_W * (tl.sum(g_W * x_W, axis=0) / width))
     if ADDS:
         dx_W += tl.load(dtotal_TD + first + place_W, mask=inside_W, other=0.0).to(tl.float32)
@@ -74,7 +83,7 @@ def rms_norm_backward_kernel(  # noqa: PLR0917
 
 
 def rms_norm_triton(
-    x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, *, eps: float
+    x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, *, eps: float, unit_offset: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x + delta (x itself without one), its norm, and the reciprocal roots [T] in float32."""
     rows, width = x_TD.shape
@@ -91,13 +100,14 @@ def rms_norm_triton(
             width,
             eps,
             ADDS=delta_TD is not None,
+            UNIT_OFFSET=unit_offset,
             **_form(width),
         )
     return total_TD, y_TD, roots_T
 
 
 def rms_norm_backward_triton(
-    dy_TD: Tensor, x_TD: Tensor, weight_D: Tensor, roots_T: Tensor, dtotal_TD: Tensor | None
+    dy_TD: Tensor, x_TD: Tensor, weight_D: Tensor, roots_T: Tensor, dtotal_TD: Tensor | None, *, unit_offset: bool
 ) -> Tensor:
     """The gradient of x, `dtotal` added."""
     rows, width = x_TD.shape
@@ -112,6 +122,7 @@ def rms_norm_backward_triton(
             dx_TD,
             width,
             ADDS=dtotal_TD is not None,
+            UNIT_OFFSET=unit_offset,
             **_form(width),
         )
     return dx_TD
@@ -125,10 +136,17 @@ def _form(width: int) -> dict[str, Any]:
 
 def variants() -> Iterator[Variant]:
     """The forms that are launched, for ahead_of_time.py."""
-    for dtype, adds, width in (("fp32", True, 4096), ("fp16", True, 4096), ("bf16", True, 8192), ("bf16", False, 1024)):
+    forms = (
+        ("fp32", True, False, 4096),
+        ("fp16", True, False, 4096),
+        ("bf16", True, False, 8192),
+        ("bf16", False, False, 1024),
+        ("bf16", True, True, 4096),
+    )
+    for dtype, adds, unit_offset, width in forms:
         form = _form(width)
-        constants = {"WIDTH": form.pop("WIDTH"), "ADDS": adds}
-        name = f"{'add_' if adds else ''}rms_norm_{dtype}_width{width}"
+        constants = {"WIDTH": form.pop("WIDTH"), "ADDS": adds, "UNIT_OFFSET": unit_offset}
+        name = f"{'add_' if adds else ''}rms_norm_{'unit_offset_' if unit_offset else ''}{dtype}_width{width}"
         tensors = dict.fromkeys(("x_TD", "delta_TD", "total_TD", "weight_D", "y_TD"), f"*{dtype}")
         signature = tensors | {"roots_T": "*fp32", "width": "i32", "eps": "fp32"}
         yield Variant(name, rms_norm_kernel, signature, constants, form, ("width",))

@@ -36,6 +36,7 @@ class _RmsNorm(ctypes.Structure):
         ("eps", ctypes.c_float),
         ("dtype", ctypes.c_int32),
         ("path", ctypes.c_int32),
+        ("unit_offset", ctypes.c_int32),
     )
 
 
@@ -50,6 +51,7 @@ class _RmsNormBackward(ctypes.Structure):
         ("width", ctypes.c_int64),
         ("dtype", ctypes.c_int32),
         ("path", ctypes.c_int32),
+        ("unit_offset", ctypes.c_int32),
     )
 
 
@@ -108,7 +110,9 @@ class _CrossEntropy(ctypes.Structure):
     )
 
 
-def rms_norm(x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, *, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def rms_norm(
+    x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, *, eps: float, unit_offset: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """x + delta (x itself without one), its norm, and the reciprocal roots [T] in float32."""
     y_TD, roots_T = torch.empty_like(x_TD), torch.empty(x_TD.shape[0], dtype=torch.float32, device="cpu")
     total_TD = x_TD if delta_TD is None else torch.empty_like(x_TD)
@@ -123,13 +127,14 @@ def rms_norm(x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, *, eps: fl
         eps=eps,
         dtype=DTYPES[x_TD.dtype],
         path=cpu.path_number(),
+        unit_offset=unit_offset,
     )
     in_shares(call("rms_norm", task), x_TD.shape[0], smallest=_rows(x_TD.shape[1]))
     return total_TD, y_TD, roots_T
 
 
 def rms_norm_backward(
-    dy_TD: Tensor, x_TD: Tensor, weight_D: Tensor, roots_T: Tensor, dtotal_TD: Tensor | None
+    dy_TD: Tensor, x_TD: Tensor, weight_D: Tensor, roots_T: Tensor, dtotal_TD: Tensor | None, *, unit_offset: bool
 ) -> Tensor:
     """The gradient of x, `dtotal` added."""
     dx_TD = torch.empty_like(x_TD)
@@ -143,6 +148,7 @@ def rms_norm_backward(
         width=x_TD.shape[1],
         dtype=DTYPES[x_TD.dtype],
         path=cpu.path_number(),
+        unit_offset=unit_offset,
     )
     in_shares(call("rms_norm_backward", task), x_TD.shape[0], smallest=_rows(x_TD.shape[1]))
     return dx_TD
@@ -157,7 +163,7 @@ def norms_as_torch_does(width: int) -> bool:
         x_TD = torch.arange(1, rows * width + 1, dtype=torch.float32, device="cpu").sqrt().view(rows, width)
         ones_D = torch.ones(width, dtype=torch.float32, device="cpu")
         roots_T1 = torch.rsqrt(x_TD.pow(2).mean(-1, keepdim=True) + 1e-5)
-        if not torch.equal(rms_norm(x_TD, None, ones_D, eps=1e-5)[2], roots_T1[:, 0]):
+        if not torch.equal(rms_norm(x_TD, None, ones_D, eps=1e-5, unit_offset=False)[2], roots_T1[:, 0]):
             return False
     return True
 

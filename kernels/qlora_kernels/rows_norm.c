@@ -20,6 +20,8 @@ struct rms_norm {
     float eps;
     int32_t dtype;
     int32_t path;
+    /* Whether the weight is kept as its distance from one. */
+    int32_t unit_offset;
 };
 
 struct rms_norm_backward {
@@ -33,6 +35,7 @@ struct rms_norm_backward {
     int64_t width;
     int32_t dtype;
     int32_t path;
+    int32_t unit_offset;
 };
 
 /* Each step rounds as torch's does, and the squares are added in its order. */
@@ -52,15 +55,19 @@ ALWAYS_INLINE void norm_rows(enum dtype dtype, const struct rms_norm *task, int6
             scratch[i] = x[i] * x[i];
         float root = 1.0f / sqrtf(torchs_sum(scratch, width) / (float)width + task->eps);
         task->roots[row] = root;
-        for (int64_t i = 0; i < width; i++)
-            x[i] = rounded(dtype, x[i] * root) * weight_at(dtype, task->weight, i);
+        if (task->unit_offset)
+            for (int64_t i = 0; i < width; i++)
+                x[i] = x[i] * root * (1.0f + weight_at(dtype, task->weight, i));
+        else
+            for (int64_t i = 0; i < width; i++)
+                x[i] = rounded(dtype, x[i] * root) * weight_at(dtype, task->weight, i);
         write_floats(dtype, x, width, task->y + row * row_bytes);
     }
 }
 
 EXPORT_ON_EVERY_PATH(rms_norm, norm_rows)
 
-/* With g = dy * weight and x' = x * root: dx = root * (g - x' * mean(g * x')). */
+/* With g = dy * weight, or dy * (1 + weight), and x' = x * root: dx = root * (g - x' * mean(g * x')). */
 ALWAYS_INLINE void norm_rows_backward(enum dtype dtype, const struct rms_norm_backward *task, int64_t first,
                                       int64_t stop)
 {
@@ -70,8 +77,12 @@ ALWAYS_INLINE void norm_rows_backward(enum dtype dtype, const struct rms_norm_ba
         float root = task->roots[row], lanes[SUM_LANES] = {0}, sum = 0.0f;
         read_floats(dtype, task->x + row * row_bytes, width, x);
         const uint8_t *dy = task->dy + row * row_bytes;
+        read_floats(dtype, task->weight, width, g);
+        if (task->unit_offset)
+            for (int64_t i = 0; i < width; i++)
+                g[i] += 1.0f;
         for (int64_t i = 0; i < width; i++)
-            g[i] = weight_at(dtype, dy, i) * weight_at(dtype, task->weight, i);
+            g[i] *= weight_at(dtype, dy, i);
         for (int64_t i = 0; i < in_lanes; i += SUM_LANES)
             for (int lane = 0; lane < SUM_LANES; lane++)
                 lanes[lane] += g[i + lane] * x[i + lane];

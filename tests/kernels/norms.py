@@ -16,21 +16,25 @@ def sample(
     return x, delta, normal(width, dtype=dtype, seed=3, device=device)
 
 
-def assert_gradient_is_exact(x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, *, eps: float) -> None:
+def assert_gradient_is_exact(
+    x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, *, eps: float, unit_offset: bool = False
+) -> None:
     """Within float32's rounding of sums in any order, and one rounding to the dtype."""
     x.requires_grad_()
-    y = rms_norm(x, weight, eps=eps)
+    y = rms_norm(x, weight, eps=eps, unit_offset=unit_offset)
     (dx,) = gradients([y], [x])
     (dy,) = wide(normal(*y.shape, seed=1, dtype=y.dtype))
-    exact, allowed = _exact(*wide(x, weight), dy, eps)
+    (factor,) = wide(weight)
+    factor += unit_offset
+    exact, allowed = _exact(*wide(x), factor, dy, eps)
     assert_within(dx, exact, allowed + rounding(x.dtype, exact))
 
     delta.requires_grad_()
-    total, y = add_rms_norm(x, delta, weight, eps=eps)
+    total, y = add_rms_norm(x, delta, weight, eps=eps, unit_offset=unit_offset)
     dx, ddelta = gradients([total, y], [x, delta])
     assert torch.equal(dx, ddelta)
     dtotal, dy = wide(*(normal(*y.shape, seed=seed, dtype=y.dtype) for seed in (1, 2)))
-    exact, allowed = _exact(*wide(total, weight), dy, eps)
+    exact, allowed = _exact(*wide(total), factor, dy, eps)
     exact = exact + dtotal
     allowed = allowed + torch.finfo(torch.float32).eps * exact.abs()
     assert_within(dx, exact, allowed + rounding(x.dtype, exact))

@@ -23,12 +23,24 @@ def path(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.mark.parametrize("width", [1, 7, 8, 33, 100, 1000, 1024, 5120])
 @pytest.mark.parametrize("rows", [1, 7, 33])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-def test_the_bits_are_those_of_the_plain_module(path: str, dtype: torch.dtype, rows: int, width: int) -> None:
+@pytest.mark.parametrize("unit_offset", [False, True])
+def test_the_bits_are_those_of_the_plain_module(
+    path: str, unit_offset: bool, dtype: torch.dtype, rows: int, width: int
+) -> None:
     x, delta, weight = sample(rows, width, dtype)
-    assert torch.equal(rms_norm(x, weight, eps=EPS), rms_norm_reference(x, weight, eps=EPS))
-    total, y = add_rms_norm(x, delta, weight, eps=EPS)
+    y = rms_norm(x, weight, eps=EPS, unit_offset=unit_offset)
+    assert torch.equal(y, rms_norm_reference(x, weight, eps=EPS, unit_offset=unit_offset))
+    total, y = add_rms_norm(x, delta, weight, eps=EPS, unit_offset=unit_offset)
     assert torch.equal(total, x + delta)
-    assert torch.equal(y, rms_norm_reference(x + delta, weight, eps=EPS))
+    assert torch.equal(y, rms_norm_reference(x + delta, weight, eps=EPS, unit_offset=unit_offset))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_with_a_unit_offset_the_product_with_one_plus_the_weight_is_rounded_once(dtype: torch.dtype) -> None:
+    x, _, weight = sample(7, 33, dtype)
+    wide = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS)
+    y = rms_norm(x, weight, eps=EPS, unit_offset=True)
+    assert torch.equal(y, (wide * (1 + weight.float())).to(dtype))
 
 
 @pytest.mark.skipif(cpu.paths() == ("torch",), reason="the C kernels are not built")
@@ -40,15 +52,20 @@ def test_the_c_library_serves_the_widths_of_models() -> None:
 @pytest.mark.parametrize("width", [1, 7, 33, 1000])
 @pytest.mark.parametrize("rows", [1, 7, 33])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradients_are_those_of_float64(path: str, dtype: torch.dtype, rows: int, width: int) -> None:
-    assert_gradient_is_exact(*sample(rows, width, dtype), eps=EPS)
+@pytest.mark.parametrize("unit_offset", [False, True])
+def test_gradients_are_those_of_float64(
+    path: str, unit_offset: bool, dtype: torch.dtype, rows: int, width: int
+) -> None:
+    assert_gradient_is_exact(*sample(rows, width, dtype), eps=EPS, unit_offset=unit_offset)
 
 
 def test_where_torch_adds_in_another_order_the_bits_are_still_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows_cpu, "norms_as_torch_does", lambda width: False)
     x, _, weight = sample(7, 100, torch.bfloat16)
-    assert torch.equal(rms_norm(x, weight, eps=EPS), rms_norm_reference(x, weight, eps=EPS))
-    assert_gradient_is_exact(*sample(7, 100, torch.bfloat16), eps=EPS)
+    for unit_offset in (False, True):
+        y = rms_norm(x, weight, eps=EPS, unit_offset=unit_offset)
+        assert torch.equal(y, rms_norm_reference(x, weight, eps=EPS, unit_offset=unit_offset))
+        assert_gradient_is_exact(*sample(7, 100, torch.bfloat16), eps=EPS, unit_offset=unit_offset)
 
 
 def test_any_layout_and_number_of_dimensions_will_do(path: str) -> None:
@@ -68,6 +85,9 @@ def test_a_weight_of_another_dtype_gives_what_the_plain_module_gives(path: str) 
     y = rms_norm(x, weight, eps=EPS)
     assert y.dtype == torch.float32
     assert torch.equal(y, rms_norm_reference(x, weight, eps=EPS))
+    y = rms_norm(x, weight, eps=EPS, unit_offset=True)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, rms_norm_reference(x, weight, eps=EPS, unit_offset=True))
 
 
 def test_no_rows_give_no_rows(path: str) -> None:

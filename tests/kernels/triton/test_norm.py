@@ -10,9 +10,10 @@ from tests.kernels.rows import DEVICE, GPU_DTYPES, assert_within, rounding, unwr
 EPS = 1e-5
 
 
-def _assert_normed(y: torch.Tensor, total: torch.Tensor, weight: torch.Tensor) -> None:
+def _assert_normed(y: torch.Tensor, total: torch.Tensor, weight: torch.Tensor, *, unit_offset: bool) -> None:
     """Within float32's rounding of the sum, and two roundings to the dtype."""
     x, factor = wide(total, weight)
+    factor += unit_offset
     unit = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
     in_sum = (x.shape[-1] + 16) * torch.finfo(torch.float32).eps
     allowed = (unit.abs() * in_sum + rounding(y.dtype, unit)) * factor.abs() + rounding(y.dtype, unit * factor)
@@ -21,14 +22,18 @@ def _assert_normed(y: torch.Tensor, total: torch.Tensor, weight: torch.Tensor) -
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (7, 33), (33, 100), (3, 1000), (2, 4096)])
 @pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
-def test_rows_and_their_gradients_are_those_of_float64(dtype: torch.dtype, rows: int, width: int) -> None:
+@pytest.mark.parametrize("unit_offset", [False, True])
+def test_rows_and_their_gradients_are_those_of_float64(
+    unit_offset: bool, dtype: torch.dtype, rows: int, width: int
+) -> None:
     x, delta, weight = sample(rows, width, dtype, device=DEVICE)
     with unwritten_is_nan():
-        _assert_normed(rms_norm(x, weight, eps=EPS), x, weight)
-        total, y = add_rms_norm(x, delta, weight, eps=EPS)
+        y = rms_norm(x, weight, eps=EPS, unit_offset=unit_offset)
+        _assert_normed(y, x, weight, unit_offset=unit_offset)
+        total, y = add_rms_norm(x, delta, weight, eps=EPS, unit_offset=unit_offset)
         assert torch.equal(total, x + delta)
-        _assert_normed(y, total, weight)
-        assert_gradient_is_exact(x, delta, weight, eps=EPS)
+        _assert_normed(y, total, weight, unit_offset=unit_offset)
+        assert_gradient_is_exact(x, delta, weight, eps=EPS, unit_offset=unit_offset)
 
 
 def test_no_rows_give_no_rows() -> None:
