@@ -3,7 +3,8 @@
 Shapes: hidden [N, D], head [V, D], labels [N]; R rows in a chunk.
 
 A chunk's logits are made, turned into their gradient softmax(logits) - onehot(label) where they lie, and multiplied by
-the head again. So the gradient of `hidden` is there when the loss is, and the logits are never made twice.
+the head again. So the gradient of `hidden` is there when the loss is, and the logits are never made twice. Where logits
+are capped (arXiv 2408.00118), the cap's slopes are kept beside them for as long.
 """
 
 from collections.abc import Iterator
@@ -23,49 +24,70 @@ CHUNK_BYTES: Final = 32 << 20
 _STRIP_BYTES: Final = 8 << 20
 
 
-def head_loss_reference(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, *, scale: float = 1.0) -> Tensor:
+def head_loss_reference(
+    hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, *, scale: float = 1.0, softcap: float | None = None
+) -> Tensor:
     """The meaning, in plain torch, with all logits at once."""
     logits_NV = (hidden_ND.to(head_VD.dtype) @ head_VD.T).to(_wide(head_VD.dtype))
+    if softcap is not None:
+        logits_NV = softcap * torch.tanh(logits_NV / softcap)
     return torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="sum") * scale
 
 
-def head_loss(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, *, scale: float = 1.0) -> Tensor:
+def head_loss(
+    hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, *, scale: float = 1.0, softcap: float | None = None
+) -> Tensor:
     """`scale` times the summed cross-entropy of the logits hidden head^T: a scalar in float32 (float64 for float64).
 
+    With a `softcap` the logits z become softcap * tanh(z / softcap), computed in float32 and rounded to their type.
     Every row counts; rows that are not trained on are left out by the caller. The head is frozen and used in its own
     dtype. In float16 give the loss scale as `scale`: the logits' gradients are at most that, and what is below 6e-8 is
     lost.
 
     The gradient of `hidden` is computed here, where it is needed, and handed out by the backward pass, once. Beyond it,
-    memory for one chunk of logits is needed, of 32 MiB (or one row).
+    memory for one chunk of logits is needed, of 32 MiB (or one row), or for two where they are capped.
 
-    Raises ValueError for shapes that do not fit, a head that requires a gradient, and on a CPU for labels outside of
-    0 to V; on a GPU, where to look would wait for it, such a row's loss is NaN.
+    Raises ValueError for shapes that do not fit, a head that requires a gradient, a cap that is not above 0, and on a
+    CPU for labels outside of 0 to V; on a GPU, where to look would wait for it, such a row's loss is NaN.
     """
     _check(hidden_ND, head_VD, labels_N)
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"a cap of {softcap} leaves nothing of the logits: it is above 0")
     needs_gradient = hidden_ND.requires_grad and torch.is_grad_enabled()
-    return _HeadLoss.apply(hidden_ND, head_VD, labels_N, scale, needs_gradient)  # type: ignore[no-any-return, no-untyped-call]
+    return _HeadLoss.apply(hidden_ND, head_VD, labels_N, scale, softcap, needs_gradient)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # noqa: PLR0917
-        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, scale: float, needs_gradient: bool
+        ctx: Any,
+        hidden_ND: Tensor,
+        head_VD: Tensor,
+        labels_N: Tensor,
+        scale: float,
+        softcap: float | None,
+        needs_gradient: bool,
     ) -> Tensor:
         ctx.gradient_ND = torch.empty_like(hidden_ND, memory_format=torch.contiguous_format) if needs_gradient else None
-        return forward(hidden_ND, head_VD, labels_N, scale=scale, gradient_ND=ctx.gradient_ND)
+        return forward(hidden_ND, head_VD, labels_N, scale=scale, softcap=softcap, gradient_ND=ctx.gradient_ND)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         if ctx.gradient_ND is None:
             raise RuntimeError("the gradient of a head's loss is handed out once: compute the loss again")
         gradient_ND, ctx.gradient_ND = ctx.gradient_ND, None
-        return gradient_ND.mul_(dloss), None, None, None, None
+        return gradient_ND.mul_(dloss), None, None, None, None, None
 
 
 def forward(
-    hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, *, scale: float, gradient_ND: Tensor | None
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    labels_N: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    gradient_ND: Tensor | None,
 ) -> Tensor:
     """The loss without autograd; its gradient is written to `gradient_ND`, contiguous and of hidden's dtype."""
     hidden_ND, head_VD = hidden_ND.detach(), head_VD.detach()
@@ -73,14 +95,20 @@ def forward(
     losses_N = torch.empty(rows, dtype=_wide(head_VD.dtype), device=hidden_ND.device)
     chunk_rows = rows_of_a_chunk(head_VD, rows)
     chunk_RV = torch.empty(chunk_rows, vocabulary, dtype=head_VD.dtype, device=hidden_ND.device)
+    capped = softcap is not None and gradient_ND is not None
+    slopes_RV = torch.empty_like(chunk_RV) if capped else None
     for start in range(0, rows, chunk_rows):
         here = slice(start, min(start + chunk_rows, rows))
         hidden_RD = hidden_ND[here].to(head_VD.dtype)
         logits_RV = chunk_RV[: hidden_RD.shape[0]]
         _make_logits(hidden_RD, head_VD, logits_RV)
+        if softcap is not None:
+            _cap(logits_RV, None if slopes_RV is None else slopes_RV[: len(logits_RV)], softcap)
         cross_entropy(logits_RV, labels_N[here], losses_N[here], scale=scale, has_gradient=gradient_ND is not None)
         if gradient_ND is None:
             continue
+        if slopes_RV is not None:
+            logits_RV *= slopes_RV[: len(logits_RV)]
         _turn_back(logits_RV, head_VD, gradient_ND[here])
     return losses_N.sum() * scale
 
@@ -92,6 +120,20 @@ def _make_logits(hidden_RD: Tensor, head_VD: Tensor, logits_RV: Tensor) -> None:
     wide_RD = hidden_RD.to(product_type(head_VD))
     for strip_VD, columns_RV in _strips(head_VD, logits_RV):
         columns_RV.copy_(wide_RD @ strip_VD.T)
+
+
+def _cap(logits_RV: Tensor, slopes_RV: Tensor | None, softcap: float) -> None:
+    """Cap logits where they lie; `slopes_RV` gets what the gradient of capped ones is multiplied with."""
+    for start in range(0, len(logits_RV), _rows_of_a_strip(logits_RV)):
+        here = slice(start, start + _rows_of_a_strip(logits_RV))
+        share = logits_RV[here].to(_wide(logits_RV.dtype)).div_(softcap).tanh_()
+        if slopes_RV is not None:
+            slopes_RV[here] = share.square().neg_().add_(1)
+        logits_RV[here] = share.mul_(softcap)
+
+
+def _rows_of_a_strip(logits_RV: Tensor) -> int:
+    return max(1, _STRIP_BYTES // (4 * logits_RV.shape[1]))
 
 
 def _turn_back(logits_RV: Tensor, head_VD: Tensor, gradient_RD: Tensor) -> None:
@@ -134,7 +176,7 @@ def cross_entropy(logits_RV: Tensor, labels_R: Tensor, losses_R: Tensor, *, scal
     elif way == "c":
         rows_cpu.cross_entropy(logits_RV, labels_R, losses_R, scale=scale, has_gradient=has_gradient)
     else:
-        strip = max(1, _STRIP_BYTES // (4 * logits_RV.shape[1]))
+        strip = _rows_of_a_strip(logits_RV)
         for rows in zip(*(torch.split(part, strip) for part in (logits_RV, labels_R, losses_R)), strict=True):
             _cross_entropy_reference(*rows, scale=scale, has_gradient=has_gradient)
 

@@ -57,6 +57,11 @@ class LanguageModel(nn.Module, abc.ABC):
         """The matrix [vocabulary, D] where the head is the product with it, frozen; then no logits are ever kept."""
         return None
 
+    @property
+    def head_softcap(self) -> float | None:
+        """What the head makes of the product z with that matrix: softcap * tanh(z / softcap); None for z as it is."""
+        return None
+
     def hidden_of(self, inputs: Inputs) -> Tensor:
         """Run everything but the head: the last hidden states [B, T, D]."""
         state, told = self.begin(inputs)

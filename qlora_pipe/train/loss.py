@@ -33,7 +33,7 @@ def loss_of_hidden(model: LoadedModel, hidden: Tensor, batch: Batch) -> Tensor:
     hidden_ND = hidden.flatten(0, 1).index_select(0, sent(rows_N, model.device))
     labels_N = sent(labels_BT[rows_N], model.device)
     if (weight := model.causal.head_weight) is not None:
-        return head_loss(hidden_ND, weight, labels_N)
+        return head_loss(hidden_ND, weight, labels_N, softcap=model.causal.head_softcap)
     parts = [
         functional.cross_entropy(_at_least_float32(model.causal.head(rows)), labels, reduction="sum")
         for rows, labels in zip(torch.split(hidden_ND, _ROWS), torch.split(labels_N, _ROWS), strict=True)

@@ -28,13 +28,16 @@ def test_losses_and_gradients_of_logits_are_those_of_float64(
 
 @pytest.mark.parametrize("scale", [1.0, 0.125])
 @pytest.mark.parametrize("chunk_bytes", [1, 8 * 33 * 5, 1 << 20])
+@pytest.mark.parametrize("softcap", [None, 0.7, 30.0])
 def test_any_chunks_give_the_loss_and_gradient_of_all_logits_at_once(
-    chunk_bytes: int, scale: float, monkeypatch: pytest.MonkeyPatch
+    softcap: float | None, chunk_bytes: int, scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(frozen_head, "CHUNK_BYTES", chunk_bytes)
     hidden, head, labels = sample(17, 33, 8, torch.float64)
     hidden.requires_grad_()
-    found, wanted = (f(hidden, head, labels, scale=scale) for f in (head_loss, frozen_head.head_loss_reference))
+    found, wanted = (
+        f(hidden, head, labels, scale=scale, softcap=softcap) for f in (head_loss, frozen_head.head_loss_reference)
+    )
     torch.testing.assert_close(found, wanted, rtol=1e-14, atol=0)
     for found_part, wanted_part in zip(*(torch.autograd.grad(loss, hidden) for loss in (found, wanted)), strict=True):
         torch.testing.assert_close(found_part, wanted_part, rtol=1e-13, atol=1e-15)
@@ -53,13 +56,31 @@ def test_the_gradient_is_the_logits_gradient_times_the_head(path: str, dtype: to
     torch.testing.assert_close(found, logits @ head, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
 
 
-def test_without_gradients_the_loss_is_the_same(path: str) -> None:
+@pytest.mark.parametrize("strip_bytes", [1, 3 * 4 * 131, 8 << 20])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_capped_logits_are_rounded_once_and_their_slopes_too(
+    path: str, dtype: torch.dtype, strip_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frozen_head, "_STRIP_BYTES", strip_bytes)
+    hidden, head, labels = sample(33, 131, 16, dtype)
+    loss = head_loss(hidden.requires_grad_(), head, labels, softcap=1.5)
+    (found,) = torch.autograd.grad(loss, hidden)
+    exact = hidden.detach().double().requires_grad_()
+    wanted = frozen_head.head_loss_reference(exact, head.double(), labels, softcap=1.5)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), wanted, rtol=2 * torch.finfo(dtype).eps, atol=0)
+    bound = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), torch.autograd.grad(wanted, exact)[0], rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_without_gradients_the_loss_is_the_same(path: str, softcap: float | None) -> None:
     hidden, head, labels = sample(33, 131, 16, torch.float32)
     with torch.no_grad():
-        alone = head_loss(hidden.requires_grad_(), head, labels)
+        alone = head_loss(hidden.requires_grad_(), head, labels, softcap=softcap)
     assert not alone.requires_grad
-    assert torch.equal(alone, head_loss(hidden, head, labels))
-    assert torch.equal(alone, head_loss(hidden.detach(), head, labels))
+    assert torch.equal(alone, head_loss(hidden, head, labels, softcap=softcap))
+    assert torch.equal(alone, head_loss(hidden.detach(), head, labels, softcap=softcap))
 
 
 def test_a_head_of_another_dtype_is_used_in_its_own(path: str) -> None:
@@ -90,6 +111,9 @@ def test_no_more_memory_is_taken_than_for_a_few_chunks(path: str, dtype: torch.d
     peak = peak_bytes(lambda: head_loss(hidden, head, labels).backward())
     # All logits of the large one would be 77 MB at the least, and twice that with their float32 copy.
     assert 0 < peak <= 64 << 20
+    # The slopes are as many as the logits of a chunk; two strips in float32 are worked on at a time.
+    capped = peak_bytes(lambda: head_loss(hidden, head, labels, softcap=30.0).backward())
+    assert capped <= peak + (48 << 20)
 
 
 def test_a_gradient_is_handed_out_once() -> None:
@@ -130,3 +154,5 @@ def test_what_does_not_fit_is_refused() -> None:
         head_loss(hidden[:, :7], head, labels)
     with pytest.raises(ValueError, match="do not fit"):
         head_loss(hidden, head, labels[:6])
+    with pytest.raises(ValueError, match="a cap of 0"):
+        head_loss(hidden, head, labels, softcap=0)
