@@ -36,9 +36,13 @@ class HubFiles:
     """Where a dataset lies on the Hub."""
 
     repo: str
-    """Such as `tatsu-lab/alpaca`."""
+    """Such as `tatsu-lab/alpaca`; "" for the one that stands after the colon, hub:USER/NAME."""
     splits: Mapping[str, tuple[str, ...]]
     """Globs over the repository's files, by split; the first split is the one that is meant if none is named."""
+
+
+ANY_REPOSITORY = HubFiles(repo="", splits={})
+"""For a dataset that reads whatever tables a repository of the Hub holds, found by their names."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -154,11 +154,9 @@ def test_empty_files_hold_no_rows(tmp_path: Path) -> None:
         assert list(json_rows(path)) == []
 
 
-def test_folder_in_place_of_a_file_is_a_data_error(tmp_path: Path) -> None:
-    assert (
-        _reason(jsonl.DATASET.read, tmp_path)
-        == f"{tmp_path} is a folder, and this dataset reads one file; name the file"
-    )
+def test_folder_without_a_file_of_the_kind_is_a_data_error(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(b"a\n1\n")
+    assert _reason(jsonl.DATASET.read, tmp_path) == f"{tmp_path} holds no file that ends in .jsonl or .ndjson"
 
 
 def _mutated(content: bytes, generator: random.Random) -> bytes:
