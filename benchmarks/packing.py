@@ -18,7 +18,7 @@ from report import interleaved, publish
 
 from qlora_pipe.config import FinetuneConfig
 from qlora_pipe.data.batches import Batch, Stream
-from qlora_pipe.data.encode import Sample
+from qlora_pipe.data.encode import Encoder, Sample
 from qlora_pipe.data.samples import load_samples
 from qlora_pipe.data.tokenizer import Tokenizer
 from qlora_pipe.nn.loaded import LoadedModel
@@ -88,7 +88,7 @@ def runner(steps: BlockwisePass, batches: Sequence[Batch]) -> Callable[[], None]
 
 
 def measure(spec: str, tokenizer: Tokenizer, *, max_tokens: int, copies: int, rounds: int) -> dict[str, object]:
-    found = load_samples(spec, tokenizer=tokenizer, max_tokens=1 << 20, manager=load_plugins()).samples
+    found = load_samples(spec, encoder=Encoder(tokenizer=tokenizer, max_tokens=1 << 20), manager=load_plugins()).samples
     lengths = [min(len(sample.ids), max_tokens) for sample in found] * copies
     samples = samples_of(lengths)
     apart, packed = Stream(samples, seed=0), Stream(samples, seed=0, row_tokens=max_tokens)

@@ -212,6 +212,11 @@ class Run:
         return self.path / "metrics.jsonl"
 
     @property
+    def quarantine_path(self) -> Path:
+        """One JSON object per row that could not be used, where such rows are skipped."""
+        return self.path / "quarantine.jsonl"
+
+    @property
     def checkpoints_path(self) -> Path:
         """The folder of training checkpoints."""
         return self.path / "checkpoints"

@@ -26,11 +26,15 @@ def setting(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
+    entry: str = "",
 ) -> Any:
-    """Declare one setting: its default, its help text (with the unit), and the bounds of its value."""
+    """Declare one setting: its default, its help text (with the unit), and the bounds of its value.
+
+    Of one that may be given several times, `entry` is what its help calls one value.
+    """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     given = {name: bound for name, bound in bounds.items() if bound is not None}
-    return field(default=default, metadata={"help": text, "bounds": given})
+    return field(default=default, metadata={"help": text, "bounds": given, "entry": entry})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,8 +45,9 @@ class QuantizeConfig:
     block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = setting(64, "Weights that share one scale.")
     double_quant: bool = setting(True, "Quantise the scales again, to 8 bits.")
     keep: tuple[str, ...] = setting(
-        (), "Leave these in 16 bits: whole components of names, * for one, such as down_proj or layers.0; repeatable."
-    )
+        (), "Leave these in 16 bits: whole components of names, * for one, such as down_proj or layers.0; repeatable.",
+        entry="PATTERN",
+    )  # fmt: skip
     shard_mib: int = setting(
         4096, "Largest file of the store, in MiB; a file is split between layers only.", at_least=1
     )
@@ -58,7 +63,7 @@ class QuantizeConfig:
 class FinetuneConfig:
     """Settings of `finetune`; the defaults are the QLoRA paper's recipe for 7B and 13B (arXiv 2305.14314)."""
 
-    EXCLUSIVE: ClassVar = (("held_out", "eval_data"),)
+    EXCLUSIVE: ClassVar = (("held_out", "eval_data"), ("held_out", "eval_split"))
     """Settings of which one at most may be given."""
 
     steps: int = setting(1875, "Optimizer steps.", at_least=1)
@@ -83,8 +88,26 @@ class FinetuneConfig:
         False,
         "Put several samples into each row of at most max_tokens tokens, so that little is padded; none sees another.",
     )
+    split: str | None = setting(
+        None,
+        "Part of the data's files, such as train or test; none takes the first on the Hub, all of a folder here.",
+    )
+    map: tuple[str, ...] = setting(
+        (), "What the data calls fields that may have other names, such as prompt=question,answer=reply; repeatable.",
+        entry="OWN=THEIRS",
+    )  # fmt: skip
+    on_bad_row: Literal["fail", "skip"] = setting(
+        "fail", "What to do at a row that can't be used: end, or keep it in OUT/quarantine.jsonl and go on."
+    )
     held_out: float = setting(0.1, "Share of the samples kept for evaluation.", at_least=0, below=1)
     eval_data: str | None = setting(None, "Data to evaluate on, NAME:PATH, in place of a held-out share.")
+    eval_split: str | None = setting(
+        None, "As split, of the data to evaluate on; without eval_data another part of the data to train on."
+    )
+    eval_map: tuple[str, ...] = setting(
+        (), "As map, of the data to evaluate on; none takes map where both are of the same dataset; repeatable.",
+        entry="OWN=THEIRS",
+    )  # fmt: skip
     eval_every: int = setting(0, "Steps between evaluations; 0 evaluates at the start and the end only.", at_least=0)
     adapter: str | None = setting(None, "Go on from this adapter: a folder or a Hub id.")
     seed: int = setting(0, "Seed of the adapter's start, the order of samples and dropout.", at_least=0, at_most=_SEEDS)

@@ -1,9 +1,10 @@
-"""To and from the Hugging Face Hub: models by folder or Hub id, and finished folders pushed with their card.
+"""To and from the Hugging Face Hub: models by folder or id, files of datasets, and finished folders with their card.
 
 The only module that imports huggingface_hub. HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE mean what they mean
 to that library.
 """
 
+import glob
 import os
 import re
 import sys
@@ -53,9 +54,9 @@ def resolve(name: str, *, allow_pickle: bool = False) -> Resolved:
     """Find a model by its folder, or fetch it by its Hub id `NAME`, `USER/NAME` or either with `@REVISION`.
 
     A folder comes first. From the Hub come only the files that are read here, into the library's cache; pickled
-    weights (`pytorch_model*.bin`) only if `allow_pickle` and the repository has no safetensors. An interrupted
-    download goes on where it was. Raises MissingInputError where there is
-    neither folder nor repository, NetworkError where the Hub does not answer or refuses.
+    weights (`pytorch_model*.bin`) only if `allow_pickle` and the repository has no safetensors. An interrupted download
+    goes on where it was. Raises MissingInputError where there is neither folder nor repository, NetworkError where the
+    Hub does not answer or refuses.
     """
     folder = Path(name).expanduser() if name.startswith("~/") else Path(name)
     if _is_folder(folder, name):
@@ -81,16 +82,42 @@ def resolve(name: str, *, allow_pickle: bool = False) -> Resolved:
     return Resolved(path, repo, path.name)
 
 
-def _fetch(repo: str, patterns: Sequence[str], *, revision: str | None, endpoint: str) -> Path:
-    return Path(
-        huggingface_hub.snapshot_download(
-            repo,
-            revision=revision,
-            endpoint=endpoint,
-            allow_patterns=list(patterns),
-            ignore_patterns=list(_NOT_READ),
+class DataListing(NamedTuple):
+    """The files of a dataset's repository at one commit."""
+
+    revision: str
+    names: tuple[str, ...]
+
+
+def list_data(repo: str, *, revision: str | None) -> DataListing:
+    """Ask for the files of a dataset; MissingInputError where there is none, NetworkError where the Hub is silent."""
+    endpoint = _endpoint()
+    with _fetching_data(repo, revision, endpoint):
+        huggingface_hub.utils.validate_repo_id(repo)  # type: ignore[attr-defined]
+        info = huggingface_hub.HfApi(endpoint=endpoint).dataset_info(repo, revision=revision)
+        return DataListing(str(info.sha), tuple(sorted(file.rfilename for file in info.siblings or [])))
+
+
+def fetch_data(repo: str, listing: DataListing, names: Sequence[str]) -> Path:
+    """Fetch these files of a dataset, each under its own name, into the library's cache; give the folder."""
+    endpoint = _endpoint()
+    with _fetching_data(repo, listing.revision, endpoint):
+        _announce(f"fetching what the cache lacks of {repo}, {len(names)} files, from {_shown(endpoint)}")
+        these = [*map(glob.escape, names)]
+        found = huggingface_hub.snapshot_download(
+            repo, repo_type="dataset", revision=listing.revision, endpoint=endpoint, allow_patterns=these
         )
+    for name in names:
+        if not (Path(found) / name).is_file():
+            raise NetworkError(f"the Hub's cache lacks {name!r} of {repo!r}: fetch it while the Hub is in reach.")
+    return Path(found)
+
+
+def _fetch(repo: str, patterns: Sequence[str], *, revision: str | None, endpoint: str) -> Path:
+    found = huggingface_hub.snapshot_download(
+        repo, revision=revision, endpoint=endpoint, allow_patterns=[*patterns], ignore_patterns=[*_NOT_READ]
     )
+    return Path(found)
 
 
 def push(folder: Path, *, repo: str, private: bool, card: str | None) -> str:
@@ -101,8 +128,7 @@ def push(folder: Path, *, repo: str, private: bool, card: str | None) -> str:
     same call completes it. Raises ExistsError where the repository holds other weights, or is public and `private` is
     asked; NetworkError where the Hub does not answer or refuses.
     """
-    endpoint = _endpoint()
-    api = huggingface_hub.HfApi(endpoint=endpoint)
+    api = huggingface_hub.HfApi(endpoint=(endpoint := _endpoint()))
     _announce(f"pushing {folder} to {_shown(endpoint)}/{repo}")
     with _pushing(repo, endpoint):
         try:
@@ -191,6 +217,21 @@ def _written_last(folder: Path, card: str | None) -> dict[str, bytes]:
         pushed = Manifest.build(kind=manifest.kind, inputs=manifest.inputs, files=files, fields=manifest.fields)
         last[MANIFEST] = pushed.to_bytes()
     return last
+
+
+@contextmanager
+def _fetching_data(repo: str, revision: str | None, endpoint: str) -> Iterator[None]:
+    try:
+        yield
+    # A server may answer anything, and the library raises as many kinds of error.
+    except Exception as fault:
+        if isinstance(fault, errors.HFValidationError):
+            raise MissingInputError(f"{repo!r} cannot be a dataset of the Hub: write USER/NAME.") from fault
+        name, hub = repo if revision is None else f"{repo}@{revision}", _shown(endpoint)
+        unknown = isinstance(fault, errors.RepositoryNotFoundError | errors.RevisionNotFoundError)
+        if unknown and not isinstance(fault, errors.GatedRepoError):
+            raise MissingInputError(f"the Hub at {hub} has no dataset {name!r} that may be read: check it.") from fault
+        raise _hub_error(fault, f"fetch the dataset {name!r}", endpoint=endpoint) from fault
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
 _ID = r"(?P<repo>[^/]+(?:/[^/]+)?)"
+# Repositories of datasets are kept under an id that begins with `datasets/`.
+_DATASET = r"(?P<repo>datasets/[^/]+/[^/]+)"
 
 
 class Request(NamedTuple):
@@ -88,7 +90,13 @@ def _info(kept: Content, parts: dict[str, str], request: Request, body: bytes) -
     repo = kept.repos[parts["repo"]]
     siblings = [{"rfilename": name} for name in repo.commits[parts["commit"]]]
     return Reply.of_json(
-        {"id": parts["repo"], "sha": parts["commit"], "private": repo.private, "tags": [], "siblings": siblings}
+        {
+            "id": parts["repo"].removeprefix("datasets/"),
+            "sha": parts["commit"],
+            "private": repo.private,
+            "tags": [],
+            "siblings": siblings,
+        }
     )
 
 
@@ -171,6 +179,10 @@ def _commit(kept: Content, parts: dict[str, str], request: Request, body: bytes)
 
 
 ROUTES = (
+    ("GET", rf"/api/{_DATASET}/revision/(?P<revision>[^/]+)", _info),
+    ("GET", rf"/api/{_DATASET}/tree/(?P<revision>[^/]+)", _tree),
+    ("GET", rf"/api/{_DATASET}", _info),
+    ("GET HEAD", rf"/{_DATASET}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _file),
     ("GET", rf"/api/models/{_ID}/revision/(?P<revision>[^/]+)", _info),
     ("GET", rf"/api/models/{_ID}/tree/(?P<revision>[^/]+)", _tree),
     ("POST", rf"/api/models/{_ID}/preupload/(?P<revision>[^/]+)", _preupload),

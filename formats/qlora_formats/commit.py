@@ -93,6 +93,12 @@ class PartialFolder:
         disk.remove(self.path / name)
         del self._journal.files[name]
 
+    def abandon(self) -> None:
+        """Remove all of it: for what nobody will go on with, such as a cache."""
+        for path in (*temporaries(self.path), *(self.path / name for name in (*self.done, MANIFEST, JOURNAL))):
+            disk.remove(path)
+        disk.remove_empty_folder(self.path)
+
     def finish(self, fields: Mapping[str, Any] | None = None, *, inputs: Mapping[str, Any] | None = None) -> Manifest:
         """Write the manifest, with `fields` beside its own keys, and give the folder its final name.
 

@@ -21,7 +21,7 @@ from qlora_formats.strict_json import MAX_BYTES, canonical, is_int, parse_object
 MANIFEST = "qlora_pipe.json"
 FORMAT = "qlora_pipe"
 VERSION = 1
-KINDS = ("store", "checkpoint", "adapter", "training")
+KINDS = ("store", "checkpoint", "adapter", "training", "samples")
 
 _OWN_KEYS = frozenset({"format", "version", "kind", "inputs", "files", "digest"})
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -33,7 +33,7 @@ def _option(config: type, item: dataclasses.Field[Any]) -> Callable[[F], F]:
     if hint is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", item.name, default=None, help=text)
     if hint == tuple[str, ...]:
-        return click.option(flag, item.name, multiple=True, metavar="PATTERN", help=text)
+        return click.option(flag, item.name, multiple=True, metavar=item.metadata["entry"], help=text)
     kind: Any = {int: click.INT, float: click.FLOAT, str: click.STRING}.get(hint)
     if get_origin(hint) is Literal:
         choices = get_args(hint)

@@ -8,12 +8,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qlora_pipe.data.encode import Sample
 from qlora_pipe.data.order import epoch_order
-from qlora_pipe.data.pack import pack, pack_epoch
+from qlora_pipe.data.pack import PackedRows, pack, pack_epoch
+from qlora_pipe.data.sample_file import lengths_of
 from qlora_pipe.nn.packing import Packing
 
 IGNORE = -100
@@ -62,10 +64,10 @@ class Stream:
 
     def __init__(self, samples: Sequence[Sample], *, seed: int, row_tokens: int | None = None) -> None:
         self._samples, self._seed, self._row_tokens = samples, seed, row_tokens
-        self._lengths = [_inputs(sample) for sample in samples]
+        self._lengths = lengths_of(samples) - 1
         # Epochs need not have equally many rows: position at which each begins, as far as they are known.
         self._starts = [0]
-        self._packed: dict[int, list[list[int]]] = {}
+        self._packed: dict[int, PackedRows] = {}
 
     def place(self, position: int) -> Place:
         """Say where in its epochs a position, in rows from the beginning of training, lies."""
@@ -88,7 +90,7 @@ class Stream:
         picked = [[self._samples[index] for index in self.row(at)] for at in range(position, position + rows)]
         return collate(picked, packed=self._row_tokens is not None)
 
-    def _rows_of(self, epoch: int) -> list[list[int]]:
+    def _rows_of(self, epoch: int) -> PackedRows:
         assert self._row_tokens is not None
         if epoch not in self._packed:
             # A loop asks for the same epoch again and again, and for two at their border.
@@ -102,12 +104,14 @@ def eval_batches(samples: Sequence[Sample], *, batch_size: int, row_tokens: int 
 
     With `row_tokens` they are packed into rows of at most so many tokens; `batch_size` counts rows.
     """
-    ordered = sorted(samples, key=lambda sample: -len(sample.ids))
-    rows = [[index] for index in range(len(ordered))]
-    if row_tokens is not None:
-        rows = pack(range(len(ordered)), [_inputs(sample) for sample in ordered], capacity=row_tokens)
+    lengths = lengths_of(samples)
+    longest_first = np.argsort(-lengths, kind="stable")
+    if row_tokens is None:
+        rows = PackedRows(longest_first, np.arange(len(longest_first)))
+    else:
+        rows = pack(longest_first, lengths - 1, capacity=row_tokens)
     for start in range(0, len(rows), batch_size):
-        picked = [[ordered[index] for index in row] for row in rows[start : start + batch_size]]
+        picked = [[samples[index] for index in rows[at]] for at in range(start, min(start + batch_size, len(rows)))]
         yield collate(picked, packed=row_tokens is not None)
 
 

@@ -5,6 +5,7 @@ string and tokenised in one go, as it would be when the model is used, so that n
 would never produce; an EOS id follows it.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -47,6 +48,29 @@ class Piece:
     text: str
     answer_start: int
     """The character of `text` that the answer begins at."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Encoder:
+    """Makes samples of examples, as one tokenizer and one length have it."""
+
+    tokenizer: Tokenizer
+    max_tokens: int
+
+    @property
+    def fingerprint(self) -> str:
+        """All that samples follow from besides the rows, in hexadecimal."""
+        ids = (self.tokenizer.bos_id, self.tokenizer.eos_id)
+        parts = (ENCODING_VERSION, self.tokenizer.digest, *ids, self.max_tokens)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def encode(self, examples: Sequence[Example]) -> Iterator[list[Sample] | DataError]:
+        """Give for each example, in order, its samples or what is wrong with it."""
+        for example in examples:
+            try:
+                yield list(encode(example, self.tokenizer, max_tokens=self.max_tokens))
+            except DataError as fault:
+                yield fault
 
 
 def encode(example: Example, tokenizer: Tokenizer, *, max_tokens: int) -> Iterator[Sample]:

@@ -16,7 +16,7 @@ def held_out_order(count: int, *, seed: int) -> NDArray[np.int64]:
 
 
 # A loop asks for the same epoch again and again, and for two at their border.
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)
 def epoch_order(count: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
     """Give the indices [count] in the order in which one epoch visits them; read-only."""
     order = _permutation(count, purpose="epoch", seed=seed, epoch=epoch)
@@ -34,4 +34,4 @@ def _permutation(
 ) -> NDArray[np.int64]:
     # numpy keeps raw bits and SeedSequence the same for ever, but not what Generator.permutation makes of them.
     keys = np.random.PCG64(np.random.SeedSequence([seed, _PURPOSES[purpose], epoch])).random_raw(count)
-    return np.argsort(keys, kind="stable").astype(np.int64)
+    return np.argsort(keys, kind="stable").astype(np.int64, copy=False)

@@ -11,9 +11,13 @@ from qlora_pipe.rows.row import LONE_SURROGATE, MAX_ROW_BYTES, BadRow, Row, kind
 from qlora_pipe.rows.separated import csv_rows, separated_rows
 from qlora_pipe.rows.tables import TABLES, table_rows
 
+ROWS_VERSION = 1
+"""Changes whenever the same bytes would become other rows."""
+
 __all__ = [
     "LONE_SURROGATE",
     "MAX_ROW_BYTES",
+    "ROWS_VERSION",
     "TABLES",
     "BadRow",
     "Row",

@@ -1,18 +1,22 @@
 """Finetune: from a base and data to a run, whose `final/` is a LoRA adapter in PEFT's layout."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import pluggy
 import torch
 
 from qlora_formats.adapter import write_adapter
 from qlora_formats.adapter_config import AdapterConfig
-from qlora_formats.commit import PartialFolder, commit_folder
+from qlora_formats.commit import AppendFile, PartialFolder, commit_folder
 from qlora_formats.target import finished
 from qlora_pipe.artifacts import Adapter, Checkpoint, QuantizedCheckpoint, Run, missing_part, open_model
-from qlora_pipe.data.encode import Sample
-from qlora_pipe.data.samples import load_samples, split_held_out
+from qlora_pipe.config import FinetuneConfig
+from qlora_pipe.data.encode import Encoder, Sample
+from qlora_pipe.data.place import cache_folder
+from qlora_pipe.data.samples import SampleSet, load_samples, split_held_out
+from qlora_pipe.data.source import DataSource
 from qlora_pipe.data.tokenizer import Tokenizer
 from qlora_pipe.errors import ConfigError, NonFiniteError
 from qlora_pipe.nn.adapt import pairs_of
@@ -57,14 +61,20 @@ def finetune(
         if device.type == "cpu":
             keep_freed_memory()
         dtype = choose_dtype(config.dtype, device)
-        inputs = inputs_of(request, manager, base=base, tokenizer=tokenizer, start=start, dtype=dtype)
+        encoder = Encoder(tokenizer=tokenizer, max_tokens=config.max_tokens)
+        data, eval_data = request.sources(manager)
+        inputs = inputs_of(
+            request, base=base, data=data, eval_data=eval_data, encoding=encoder.fingerprint, start=start, dtype=dtype
+        )
         if run.final_path.exists() and finished(run.final_path, kind="adapter", inputs=inputs) is not None:
             note(f"{run.path} is already done: same base, data and settings.")
             return run
         refuse_another(run, request)
-        held_in, held_out = _samples(
-            request, manager, base=base, tokenizer=tokenizer, stop=stop, note=note, progress=progress
+        read = partial(
+            _read, config=config, encoder=encoder, manager=manager, base=base, stop=stop, note=note, progress=progress
         )
+        samples = [read(each) for each in (data, eval_data) if each is not None]
+        held_in, held_out = _divided(samples, config)
         # From here on every draw comes from this seed: the adapter's first values, then the dropout.
         torch.manual_seed(config.seed)
         tokens = config.batch_size * config.max_tokens
@@ -77,7 +87,7 @@ def finetune(
             step_bytes=step_bytes(base, architecture, rank=config.rank, tokens=tokens, dtype=dtype),
             note=note,
         )
-        model.require_ids(int(sample.ids.max()) for sample in (*held_in, *held_out))
+        model.require_ids(each.stats.largest_id for each in samples)
         described = adapt(model, config, start=start)
         session = Session(
             run=run,
@@ -94,9 +104,10 @@ def finetune(
         # The folder that the run ends in is begun at once: its lock keeps a second process off everything else.
         with commit_folder(run.final_path, kind="adapter", inputs=inputs, restart=True) as final:
             claim(run, request)
+            _keep_bad_rows(run, samples)
             session.work()
             described = dataclasses.replace(described, base_model_name_or_path=base.hub_name)
-            _write_final(final, model, described, base=base, progress=session.state.progress)
+            _write_final(final, model, described, base=base, samples=samples, progress=session.state.progress)
     return run
 
 
@@ -114,40 +125,65 @@ def _check_start(base: Checkpoint | QuantizedCheckpoint, start: Adapter | None, 
         note("the adapter to go on from was trained on another base than this one.")
 
 
-def _samples(
-    request: FinetuneRequest,
-    manager: pluggy.PluginManager,
+def _read(
+    source: DataSource,
     *,
+    config: FinetuneConfig,
+    encoder: Encoder,
+    manager: pluggy.PluginManager,
     base: Checkpoint | QuantizedCheckpoint,
-    tokenizer: Tokenizer,
     stop: StopFlag,
     note: Callable[[str], None],
     progress: Callable[[str, int, int | None], None],
-) -> tuple[list[Sample], list[Sample]]:
-    """Load the samples to train on and those to evaluate on."""
-    config = request.config
-
-    def read(spec: str) -> list[Sample]:
-        found = load_samples(
-            spec,
-            tokenizer=tokenizer,
-            max_tokens=config.max_tokens,
-            manager=manager,
-            check=stop.check,
-            progress=lambda done, total: progress("tokenise rows", done, total),
+) -> SampleSet:
+    """Load the samples of one source, and say what there is to say of them."""
+    if source.hub:
+        note(f"the data is {source.hub['repo']} of the Hub at its commit {source.hub['revision']}.")
+    found = load_samples(
+        source,
+        encoder=encoder,
+        manager=manager,
+        on_bad_row=config.on_bad_row,
+        cache=cache_folder(),
+        check=stop.check,
+        progress=lambda done, total: progress("tokenise rows", done, total),
+        note=note,
+    )
+    stats = found.stats
+    if stats.bad:
+        note(
+            f"{stats.bad} of {stats.rows + stats.bad} rows can't be used and are left out:"
+            " quarantine.jsonl in the run's folder has each of them with the reason."
         )
-        if found.stats.cut:
-            note(f"{found.stats.cut} of {found.stats.samples} samples were cut at {config.max_tokens} tokens.")
-        if found.stats.chats and base.has_chat_template:
-            note(
-                "this model has a chat template, which is not used yet: turns are marked `### Human:` and"
-                " `### Assistant:`, and prompts must be written so."
-            )
-        return found.samples
+    if stats.cut:
+        note(f"{stats.cut} of {stats.samples} samples were cut at {config.max_tokens} tokens.")
+    if stats.chats and base.has_chat_template:
+        note(
+            "this model has a chat template, which is not used yet: turns are marked `### Human:` and"
+            " `### Assistant:`, and prompts must be written so."
+        )
+    return found
 
-    if config.eval_data:
-        return read(request.data), read(config.eval_data)
-    return split_held_out(read(request.data), share=config.held_out, seed=config.seed)
+
+def _divided(samples: Sequence[SampleSet], config: FinetuneConfig) -> tuple[Sequence[Sample], Sequence[Sample]]:
+    """The samples to train on, and those to evaluate on: another source's, or a share of the same."""
+    if len(samples) == 1:
+        return split_held_out(samples[0].samples, share=config.held_out, seed=config.seed)
+    train, evaluation = samples
+    return train.samples, evaluation.samples
+
+
+def _keep_bad_rows(run: Run, samples: Sequence[SampleSet]) -> None:
+    """Write the rows that could not be used, and why, into the run's folder."""
+    if not any(each.stats.bad for each in samples):
+        return
+    with AppendFile.open(run.quarantine_path) as file:
+        # A process before this one may have written some of it.
+        file.truncate(0)
+        for each in samples:
+            for line in each.quarantine():
+                file.append(line)
+        file.sync()
 
 
 def _write_final(
@@ -156,9 +192,10 @@ def _write_final(
     described: AdapterConfig,
     *,
     base: Checkpoint | QuantizedCheckpoint,
+    samples: Sequence[SampleSet],
     progress: Progress,
 ) -> None:
-    """Commit the adapter as PEFT reads it, with the tokenizer and what was measured."""
+    """Commit the adapter as PEFT reads it, with the tokenizer, what was measured, and which data of the Hub it saw."""
     pairs = pairs_of(model.module)
     if not all(bool(torch.isfinite(part).all()) for pair in pairs.values() for part in pair):
         raise NonFiniteError("the adapter holds values that are not finite; lower --learning-rate and start again.")
@@ -171,4 +208,5 @@ def _write_final(
     write_adapter(final, config=described, pairs=pairs, metadata={})
     for file in base.tokenizer_files:
         final.copy(file, file.name)
-    final.finish({"measured": measured})
+    from_hub = [dict(each.source.hub) for each in samples if each.source.hub]
+    final.finish({"measured": measured} | ({"data": from_hub} if from_hub else {}))

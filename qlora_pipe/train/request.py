@@ -13,16 +13,15 @@ from qlora_formats.manifest import difference
 from qlora_formats.target import partial_path
 from qlora_pipe.artifacts import Adapter, Checkpoint, QuantizedCheckpoint, Run
 from qlora_pipe.config import FinetuneConfig
-from qlora_pipe.data.samples import find_source, fingerprint_source
-from qlora_pipe.data.tokenizer import Tokenizer
+from qlora_pipe.data.source import DataSource, find_source, parse_fields
 from qlora_pipe.errors import ExistsError
 from qlora_pipe.settings import read_yaml, to_yaml
 
 # Settings that the adapter does not follow from, or not by their text: they may change from one start to the next.
 _FREE = (
-    "save_every", "device", "threads", "load", "recompute", "offload", "residency", "optimizer_budget"
+    "save_every", "device", "threads", "load", "recompute", "offload", "residency", "optimizer_budget", "on_bad_row"
 )  # fmt: skip
-_NAMED_BY_CONTENT = ("adapter", "eval_data")
+_NAMED_BY_CONTENT = ("adapter", "split", "map", "eval_data", "eval_split", "eval_map")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,36 +36,44 @@ class FinetuneRequest:
     @property
     def resolved(self) -> dict[str, Any]:
         """Everything but where the run lies: what config.resolved.yaml holds, which can be given as run.yaml."""
-        settings = {key: value for key, value in dataclasses.asdict(self.config).items() if value is not None}
-        if self.config.eval_data:
+        settings = {key: value for key, value in dataclasses.asdict(self.config).items() if value not in (None, ())}
+        if self.config.eval_data or self.config.eval_split:
             # The two exclude each other, and this one was not used.
             del settings["held_out"]
         return {"base": self.base, "data": self.data, **settings}
 
+    def sources(self, manager: pluggy.PluginManager) -> tuple[DataSource, DataSource | None]:
+        """Find the data to train on and, unless a share of it is held out, the data to evaluate on."""
+        config, fields = self.config, parse_fields(self.config.map)
+        data = find_source(self.data, manager=manager, split=config.split, fields=fields)
+        if not (config.eval_data or config.eval_split):
+            return data, None
+        spec = config.eval_data or self.data
+        same = spec.partition(":")[0].partition("@")[0] == data.dataset.name
+        eval_fields = parse_fields(config.eval_map) or (fields if same else {})
+        return data, find_source(spec, manager=manager, split=config.eval_split, fields=eval_fields)
+
 
 def inputs_of(
     request: FinetuneRequest,
-    manager: pluggy.PluginManager,
     *,
     base: Checkpoint | QuantizedCheckpoint,
-    tokenizer: Tokenizer,
+    data: DataSource,
+    eval_data: DataSource | None,
+    encoding: str,
     start: Adapter | None,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """All that the adapter's bytes follow from, by content and never by path."""
-    config = request.config
-
-    def content(spec: str) -> str:
-        source = find_source(spec, manager=manager)
-        return fingerprint_source(source, tokenizer=tokenizer, max_tokens=config.max_tokens)
-
+    """All that the adapter's bytes follow from, by content and never by path; `encoding` is the encoder's."""
     settings = {
-        key: value for key, value in dataclasses.asdict(config).items() if key not in (*_FREE, *_NAMED_BY_CONTENT)
+        key: value
+        for key, value in dataclasses.asdict(request.config).items()
+        if key not in (*_FREE, *_NAMED_BY_CONTENT)
     }
     settings["dtype"] = str(dtype).removeprefix("torch.")
-    inputs: dict[str, Any] = {"base": base.identity, "data": content(request.data), "settings": settings}
-    if config.eval_data:
-        inputs["eval_data"] = content(config.eval_data)
+    inputs: dict[str, Any] = {"base": base.identity, "data": data.fingerprint(encoding), "settings": settings}
+    if eval_data is not None:
+        inputs["eval_data"] = eval_data.fingerprint(encoding)
     if start is not None:
         inputs["adapter"] = start.identity
     return inputs

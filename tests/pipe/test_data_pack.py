@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qlora_pipe.data.encode import Encoder
 from qlora_pipe.data.pack import pack, pack_epoch
 from qlora_pipe.data.samples import load_samples
 from qlora_pipe.data.tokenizer import Tokenizer
@@ -29,15 +30,15 @@ def test_packing_puts_each_sample_into_the_fullest_row_that_has_room(lengths: li
             expected.append([])
         room[row] -= lengths[index]
         expected[row].append(index)
-    assert pack(range(len(lengths)), lengths, capacity=23) == expected
+    assert list(pack(range(len(lengths)), lengths, capacity=23)) == expected
 
 
 @given(lengths=LENGTHS, seed=st.integers(0, 2**32), epoch=st.integers(0, 3))
 def test_an_epoch_holds_every_sample_once_and_no_row_too_many_tokens(lengths: list[int], seed: int, epoch: int) -> None:
-    rows = pack_epoch(lengths, capacity=20, seed=seed, epoch=epoch)
+    rows = list(pack_epoch(lengths, capacity=20, seed=seed, epoch=epoch))
     assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
     assert all(0 < sum(lengths[index] for index in row) <= 20 for row in rows)
-    assert pack_epoch(lengths, capacity=20, seed=seed, epoch=epoch) == rows
+    assert list(pack_epoch(lengths, capacity=20, seed=seed, epoch=epoch)) == rows
 
 
 def test_samples_meet_others_in_every_epoch_and_come_in_another_order() -> None:
@@ -57,7 +58,8 @@ def test_samples_meet_others_in_every_epoch_and_come_in_another_order() -> None:
 def test_more_than_97_of_100_places_are_filled_on_real_lengths(shared_data: Path) -> None:
     tokenizer = Tokenizer.open(shared_data / "tokenizers/mistral")
     source = shared_data / "datasets/alpaca/alpaca_schema_from_seed_tasks_175.json"
-    samples = load_samples(f"alpaca:{source}", tokenizer=tokenizer, max_tokens=10_000, manager=load_plugins()).samples
+    encoder = Encoder(tokenizer=tokenizer, max_tokens=10_000)
+    samples = load_samples(f"alpaca:{source}", encoder=encoder, manager=load_plugins()).samples
     assert len(samples) == len(json.loads(source.read_text()))
     lengths = [min(len(sample.ids), 512) - 1 for sample in samples]
     for epoch in range(3):

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_pipe import hookspecs
-from qlora_pipe.data.encode import Sample
-from qlora_pipe.data.samples import SampleSet, find_source, fingerprint_source, load_samples, split_held_out
+from qlora_pipe.data.encode import Encoder, Sample
+from qlora_pipe.data.samples import SampleSet, load_samples, split_held_out
+from qlora_pipe.data.source import find_source
 from qlora_pipe.data.tokenizer import Tokenizer
 from qlora_pipe.dataset import Dataset, Example, prompt_and_answer
 from qlora_pipe.errors import DataError, MissingInputError, UsageProblem
@@ -53,7 +54,7 @@ def rows(tmp_path: Path) -> Path:
 
 
 def _load(spec: str, tokenizer: Tokenizer, manager: pluggy.PluginManager, *, max_tokens: int = 8) -> SampleSet:
-    return load_samples(spec, tokenizer=tokenizer, max_tokens=max_tokens, manager=manager)
+    return load_samples(spec, encoder=Encoder(tokenizer=tokenizer, max_tokens=max_tokens), manager=manager)
 
 
 def test_rows_become_samples_in_their_order(
@@ -69,15 +70,16 @@ def test_rows_become_samples_in_their_order(
     assert (stats.tokens, stats.trained) == (sum(lengths), sum(targets))
 
 
-def test_progress_counts_rows_and_check_is_asked_before_each(
-    rows: Path, tiny_tokenizer: Tokenizer, manager: pluggy.PluginManager
+def test_progress_counts_rows_by_batches_and_check_is_asked_before_each(
+    rows: Path, tiny_tokenizer: Tokenizer, manager: pluggy.PluginManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("qlora_pipe.data.build._BATCH_ROWS", 2)
     calls: list[object] = []
     load_samples(
-        f"bars:{rows}", tokenizer=tiny_tokenizer, max_tokens=8, manager=manager,
+        f"bars:{rows}", encoder=Encoder(tokenizer=tiny_tokenizer, max_tokens=8), manager=manager,
         progress=lambda done, total: calls.append((done, total)), check=lambda: calls.append("check"),
     )  # fmt: skip
-    assert calls == ["check", (1, None), "check", (2, None), "check", (3, None)]
+    assert calls == ["check", "check", (2, None), "check", (3, None)]
 
 
 def test_what_check_raises_stops_the_load(rows: Path, tiny_tokenizer: Tokenizer, manager: pluggy.PluginManager) -> None:
@@ -85,7 +87,9 @@ def test_what_check_raises_stops_the_load(rows: Path, tiny_tokenizer: Tokenizer,
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        load_samples(f"bars:{rows}", tokenizer=tiny_tokenizer, max_tokens=8, manager=manager, check=stop)
+        load_samples(
+            f"bars:{rows}", encoder=Encoder(tokenizer=tiny_tokenizer, max_tokens=8), manager=manager, check=stop
+        )
 
 
 @pytest.mark.parametrize("spec", ["rows.txt", ":rows.txt", "bars:", ""])
@@ -126,7 +130,7 @@ def test_fingerprint_is_the_same_for_the_same_samples_under_another_name(
 ) -> None:
     def fingerprint(path: Path) -> str:
         source = find_source(f"bars:{path}", manager=manager)
-        return fingerprint_source(source, tokenizer=tiny_tokenizer, max_tokens=8)
+        return source.fingerprint(Encoder(tokenizer=tiny_tokenizer, max_tokens=8).fingerprint)
 
     first = fingerprint(rows)
     moved = rows.rename(rows.with_name("moved.txt"))
@@ -139,7 +143,7 @@ def test_fingerprint_changes_with_bytes_dataset_tokenizer_and_length(
 ) -> None:
     def fingerprint(name: str = "bars", tokenizer: Tokenizer = tiny_tokenizer, max_tokens: int = 8) -> str:
         source = find_source(f"{name}:{rows}", manager=manager)
-        return fingerprint_source(source, tokenizer=tokenizer, max_tokens=max_tokens)
+        return source.fingerprint(Encoder(tokenizer=tokenizer, max_tokens=max_tokens).fingerprint)
 
     without_bos = Tokenizer(
         bos_id=None, eos_id=2, vocab_size=299, digest=tiny_tokenizer.digest, inner=tiny_tokenizer.inner
@@ -159,7 +163,7 @@ def test_fingerprint_of_a_folder_follows_names_and_bytes(
 ) -> None:
     def fingerprint() -> str:
         source = find_source(f"bars:{folder}", manager=manager)
-        return fingerprint_source(source, tokenizer=tiny_tokenizer, max_tokens=8)
+        return source.fingerprint(Encoder(tokenizer=tiny_tokenizer, max_tokens=8).fingerprint)
 
     folder = tmp_path / "many"
     folder.mkdir()

@@ -300,7 +300,7 @@ def test_held_out_and_eval_data_exclude_each_other(
 @pytest.mark.parametrize(
     ("data", "code", "words"),
     [
-        ("parquet:rows.jsonl", 2, "there is no dataset named 'parquet' (installed: alpaca, jsonl, text)"),
+        ("arrow:rows.jsonl", 2, "there is no dataset named 'arrow' (installed: alpaca, "),
         ("rows.jsonl", 2, "write NAME:PATH"),
         ("jsonl:missing.jsonl", 66, "no file or folder at missing.jsonl"),
         ("jsonl:torn.jsonl", 65, "torn.jsonl:2: not valid JSON"),
