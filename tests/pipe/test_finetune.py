@@ -300,7 +300,7 @@ def test_held_out_and_eval_data_exclude_each_other(
 @pytest.mark.parametrize(
     ("data", "code", "words"),
     [
-        ("arrow:rows.jsonl", 2, "there is no dataset named 'arrow' (installed: alpaca, "),
+        ("nosuch:rows.jsonl", 2, "there is no dataset named 'nosuch' (installed: alpaca, alpaca-cleaned, "),
         ("rows.jsonl", 2, "write NAME:PATH"),
         ("jsonl:missing.jsonl", 66, "no file or folder at missing.jsonl"),
         ("jsonl:torn.jsonl", 65, "torn.jsonl:2: not valid JSON"),

@@ -1,9 +1,8 @@
-"""The three built-in datasets: what each row becomes."""
+"""The datasets of common forms: what each row becomes."""
 
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import pluggy
@@ -13,7 +12,7 @@ from qlora_pipe import hookspecs
 from qlora_pipe.data.encode import Encoder
 from qlora_pipe.data.samples import load_samples
 from qlora_pipe.data.tokenizer import Tokenizer
-from qlora_pipe.dataset import Example, Message, prompt_and_answer
+from qlora_pipe.dataset import Example, Message
 from qlora_pipe.errors import DataError
 from qlora_pipe.plugins import datasets, find_dataset
 from qlora_plugins import datasets as plugin
@@ -32,42 +31,8 @@ def _read(manager: pluggy.PluginManager, name: str, path: Path) -> list[Example]
     return list(find_dataset(manager, name).read(path))
 
 
-def _write_lines(path: Path, rows: Iterable[object]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-WITH_INPUT = """\
-Below is an instruction that describes a task, paired with an input that provides further context. Write a response \
-that appropriately completes the request.
-
-### Instruction:
-Add {them}.
-
-### Input:
-1 2
-
-### Response: """
-WITHOUT_INPUT = """\
-Below is an instruction that describes a task. Write a response that appropriately completes the request.
-
-### Instruction:
-Greet.
-
-### Response: """
-ALPACA_ROWS = [
-    {"instruction": "Add {them}.", "input": "1 2", "output": "3"},
-    {"instruction": "Greet.", "input": "", "output": "Hi"},
-]
-
-
-def _alpaca_examples(origins: tuple[str, str]) -> list[Example]:
-    said = ((WITH_INPUT, "3"), (WITHOUT_INPUT, "Hi"))
-    return [prompt_and_answer(prompt, answer, origin=at) for (prompt, answer), at in zip(said, origins, strict=True)]
-
-
-def test_the_datasets_come_through_the_hook(manager: pluggy.PluginManager) -> None:
-    assert list(datasets(manager)) == ["alpaca", "csv", "hub", "jsonl", "parquet", "text"]
+def test_datasets_come_through_the_hook(manager: pluggy.PluginManager) -> None:
+    assert {"alpaca", "jsonl", "text"} <= datasets(manager).keys()
 
 
 def test_datasets_import_neither_torch_nor_a_tokenizer() -> None:
@@ -76,21 +41,6 @@ def test_datasets_import_neither_torch_nor_a_tokenizer() -> None:
         subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}, check=False).returncode
         == 0
     )
-
-
-@pytest.mark.parametrize("indent", [None, 1, 4])
-def test_alpaca_array_becomes_the_two_prompts(
-    manager: pluggy.PluginManager, tmp_path: Path, indent: int | None
-) -> None:
-    path = tmp_path / "rows.json"
-    path.write_text(json.dumps(ALPACA_ROWS, indent=indent))
-    lines = (1, 1) if indent is None else (2, 7)
-    assert _read(manager, "alpaca", path) == _alpaca_examples((f"rows.json:{lines[0]}", f"rows.json:{lines[1]}"))
-
-
-def test_alpaca_lines_become_the_same(manager: pluggy.PluginManager, tmp_path: Path) -> None:
-    path = _write_lines(tmp_path / "rows.jsonl", ALPACA_ROWS)
-    assert _read(manager, "alpaca", path) == _alpaca_examples(("rows.jsonl:1", "rows.jsonl:2"))
 
 
 def test_jsonl_takes_pairs_and_conversations_in_one_file(manager: pluggy.PluginManager, tmp_path: Path) -> None:

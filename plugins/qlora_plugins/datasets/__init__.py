@@ -1,11 +1,41 @@
-"""The datasets that come with qlora_pipe: Alpaca's form, tables of any kind, plain text, and any of the Hub's."""
+"""The datasets that come with qlora_pipe: eight of instructions, one file each, and the forms that most data comes in."""
 
 from qlora_pipe.dataset import Dataset
 from qlora_pipe.hookspecs import hookimpl
-from qlora_plugins.datasets import alpaca, csv, hub, jsonl, parquet, text
+from qlora_plugins.datasets import (
+    alpaca,
+    chip2,
+    csv,
+    flan_v2,
+    hh_rlhf,
+    hub,
+    jsonl,
+    longform,
+    oasst1,
+    parquet,
+    self_instruct,
+    text,
+    unnatural_instructions,
+)
 
 
 @hookimpl
 def register_datasets() -> list[Dataset]:
-    """Bring the forms that most data comes in."""
-    return [each.DATASET for each in (alpaca, csv, hub, jsonl, parquet, text)]
+    """Bring the datasets of the QLoRA paper and the forms that most data comes in."""
+    return [
+        alpaca.DATASET,
+        alpaca.CLEANED,
+        chip2.DATASET,
+        flan_v2.DATASET,
+        hh_rlhf.DATASET,
+        longform.DATASET,
+        oasst1.DATASET,
+        self_instruct.DATASET,
+        unnatural_instructions.DATASET,
+        unnatural_instructions.FULL,
+        csv.DATASET,
+        hub.DATASET,
+        jsonl.DATASET,
+        parquet.DATASET,
+        text.DATASET,
+    ]

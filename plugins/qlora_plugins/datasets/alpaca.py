@@ -1,32 +1,34 @@
-"""Stanford Alpaca's form: `instruction`, `input` and `output`, as a JSON array or one object a line."""
+"""Stanford Alpaca: `instruction`, `input` and `output`, and the cleaned edition of the same form."""
 
-from qlora_pipe.dataset import Dataset, Example, prompt_and_answer
+from dataclasses import replace
+
+from qlora_pipe.dataset import Dataset, Example, HubFiles, Message
 from qlora_pipe.rows import Row
-
-# The two prompts of the Alpaca dataset. The space at their end is part of them.
-WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response: "
-)
-WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response: "
-)
 
 
 def example(row: Row) -> Example:
-    """Make a prompt and answer; every row has the three fields, `input` may be empty."""
-    instruction = row.text("instruction")
+    """Make a question and its answer; every row has the three fields, `input` may be empty.
+
+    The two prompts that the dataset is known for are the chat template of the same name.
+    """
+    question = row.text("instruction")
     context = row.text("input", may_be_empty=True)
-    form = WITH_INPUT if context else WITHOUT_INPUT
-    prompt = form.format(instruction=instruction, input=context)
-    return prompt_and_answer(prompt, row.text("output"), origin=row.origin)
+    if context.strip():
+        question += f"\n\n### Input:\n{context}"
+    answer = row.text("output")
+    messages = (Message(role="user", content=question), Message(role="assistant", content=answer))
+    return Example(messages=messages, origin=row.origin, form="alpaca")
 
 
 DATASET = Dataset(
     name="alpaca",
-    help="instruction, input and output, rendered with Alpaca's two prompts (JSON or JSONL)",
+    help="Stanford Alpaca: instruction, input and output",
     example=example,
+    hub=HubFiles(repo="tatsu-lab/alpaca", splits={"train": ("data/train-*.parquet",)}),
+)
+CLEANED = replace(
+    DATASET,
+    name="alpaca-cleaned",
+    help="Alpaca, cleaned of mistakes: the same fields",
+    hub=HubFiles(repo="yahma/alpaca-cleaned", splits={"train": ("alpaca_data_cleaned.json",)}),
 )
