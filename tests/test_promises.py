@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from qlora_pipe import hookspecs
-from qlora_pipe.cli import COMMANDS
-from qlora_pipe.cli.document import cli_page, config_page
-from qlora_pipe.plugins import load_plugins
+from qlora_pipe.cli import COMMANDS, document
+from qlora_pipe.cli.document import cli_page, config_page, with_tables
+from qlora_pipe.plugins import PluginEntry, load_plugins
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
@@ -159,6 +159,24 @@ def test_every_hook_is_called() -> None:
 @pytest.mark.parametrize(("page", "made"), [("cli.md", cli_page), ("config.md", config_page)], ids=["cli", "config"])
 def test_generated_pages_are_current(page: str, made) -> None:  # type: ignore[no-untyped-def]
     assert (ROOT / "docs" / page).read_text() == made(), "run `make docs`"
+
+
+def test_the_readmes_tables_are_current() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert with_tables(readme) == readme, "run `make docs`"
+    for name in ("llama", "alpaca", "chip2", "flan-v2", "hh-rlhf", "longform", "oasst1", "self-instruct"):
+        assert f"| `{name}` |" in readme
+
+
+def test_the_tables_hold_what_comes_with_the_package_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    def entry(name: str, *, distribution: str) -> PluginEntry:
+        return PluginEntry(
+            name=name, kind="dataset", plugin="p", distribution=distribution, version="1", help="a|b of <human> and *"
+        )
+
+    entries = [entry("ours", distribution="qlora-pipe"), entry("theirs", distribution="another")]
+    monkeypatch.setattr(document, "list_plugins", lambda manager: entries)
+    assert document.plugin_tables() == "| dataset | |\n|---|---|\n| `ours` | a\\|b of \\<human> and \\* |\n"
 
 
 def test_source_files_stay_short() -> None:

@@ -1,7 +1,12 @@
-"""Write docs/cli.md and docs/config.md from the commands themselves: `python -m qlora_pipe.cli.document`."""
+"""Write what the code knows of itself: docs/cli.md, docs/config.md, and the tables of README.md.
+
+`python -m qlora_pipe.cli.document docs` writes them all; README.md is the one beside the folder.
+"""
 
 import dataclasses
+import re
 import sys
+from itertools import groupby
 from pathlib import Path
 
 import click
@@ -10,9 +15,13 @@ from qlora_formats.commit import write_file
 from qlora_pipe.cli import COMMANDS, qlora_pipe
 from qlora_pipe.cli.options import describe_setting
 from qlora_pipe.config import ExportConfig, FinetuneConfig, GenerateConfig, MergeConfig, QuantizeConfig
+from qlora_pipe.plugins import list_plugins, load_plugins
 
 CONFIGS = (QuantizeConfig, FinetuneConfig, MergeConfig, GenerateConfig, ExportConfig)
+DISTRIBUTION = "qlora-pipe"
 _WIDTH = 100
+_BEGIN, _END = "<!-- made by `make docs` -->\n", "<!-- end of what is made -->\n"
+_KINDS = {"architecture": "model family", "exporter": "export target"}
 
 
 def cli_page() -> str:
@@ -49,10 +58,35 @@ def config_page() -> str:
     return "\n".join(parts)
 
 
+def plugin_tables() -> str:
+    """What the built-in plugins bring, as Markdown: a table for each kind of thing."""
+    ours = [entry for entry in list_plugins(load_plugins()) if entry.distribution == DISTRIBUTION]
+    parts = []
+    for kind, entries in groupby(ours, key=lambda entry: entry.kind):
+        rows = "".join(f"| `{entry.name}` | {_cell(entry.help)} |\n" for entry in entries)
+        parts.append(f"| {_KINDS.get(kind, kind)} | |\n|---|---|\n{rows}")
+    return "\n".join(parts)
+
+
+def _cell(text: str) -> str:
+    """A text that Markdown shows as it is."""
+    return re.sub(r"([*<|])", r"\\\1", text)
+
+
+def with_tables(readme: str) -> str:
+    """The README with its tables made anew, all else as it was; they stand between two marks."""
+    before, begin, rest = readme.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    assert end, "the README has lost the marks that its tables stand between"
+    return f"{before}{begin}\n{plugin_tables()}\n{end}{after}"
+
+
 def write_pages(folder: Path) -> None:
-    """Write both pages into a folder."""
+    """Write both pages into a folder, and the tables into the README beside it."""
     write_file(folder / "cli.md", cli_page().encode())
     write_file(folder / "config.md", config_page().encode())
+    readme = folder.parent / "README.md"
+    write_file(readme, with_tables(readme.read_text()).encode())
 
 
 if __name__ == "__main__":

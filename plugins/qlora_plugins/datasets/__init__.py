@@ -1,4 +1,4 @@
-"""The datasets that come with qlora_pipe: eight of instructions, one file each, and the forms that most data comes in."""
+"""The datasets that come with qlora_pipe: eight of instructions, one file each, and the forms of most other data."""
 
 from qlora_pipe.dataset import Dataset
 from qlora_pipe.hookspecs import hookimpl
