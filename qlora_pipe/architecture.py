@@ -6,7 +6,7 @@ name. Patterns are globs over dotted names in which one `*` stands for one compo
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -46,7 +46,8 @@ class Architecture:
     """Weights that the store keeps in 4 bits, such as `model.layers.*.mlp.*_proj.weight`."""
 
     keep_16bit: tuple[str, ...]
-    """Linear modules never quantised, such as `lm_head`; other tools read this list in the store's config."""
+    """Linear modules kept in 16 bits, such as `lm_head`; other tools read this list, as regular expressions, in the
+    store's config. One that `quantize` matches too is in 4 bits where a plugin's `choose_precision` asks for it."""
 
     adapt: tuple[str, ...]
     """Linear modules that get a LoRA adapter, such as `model.layers.*.mlp.*_proj`."""
@@ -56,6 +57,23 @@ class Architecture:
 
     ties: Callable[[Mapping[str, Any]], Mapping[str, str]] = no_ties
     """From a config: parameters that share another's storage, {"lm_head.weight": "model.embed_tokens.weight"}."""
+
+    untied_if_stored: tuple[str, ...] = ()
+    """Of the names in `ties`, those that are tied only where a checkpoint has no tensor of that name."""
+
+    unread: tuple[str, ...] = ()
+    """Tensors that checkpoints carry and the model does not have."""
+
+    shared: tuple[str, ...] = ()
+    """Tensors of a block that other blocks need, too: they stay where the model computes while blocks come and go."""
+
+    no_float16: str | None = None
+    """Why the model is not computed in float16, to stand after "because"; None where it may be."""
+
+    def ties_of(self, config: Mapping[str, Any], names: Collection[str]) -> Mapping[str, str]:
+        """Say which parameters of a checkpoint with these tensors share another's storage."""
+        own = {name for name in self.untied_if_stored if name in names}
+        return {name: source for name, source in self.ties(config).items() if name not in own}
 
 
 @lru_cache(maxsize=256)

@@ -11,10 +11,15 @@ from qlora_pipe.errors import ConfigError
 
 
 class Precision(NamedTuple):
-    """The weights to quantise, and those that could be and are kept; names of tensors, in the order they came."""
+    """The weights to quantise, and those that are not as the architecture has it; names in the order they came."""
 
     quantized: tuple[str, ...]
     kept: tuple[str, ...]
+    """In 16 bits, which the architecture would have in 4."""
+    besides: tuple[str, ...]
+    """In 4 bits, which the architecture would have in 16; they are among `quantized`, too."""
+    skip_modules: tuple[str, ...]
+    """The modules, by name or pattern, of which a reader of the store must not expect 4 bits."""
 
 
 def choose_precision(
@@ -35,6 +40,8 @@ def choose_precision(
     unused = dict.fromkeys(keep)
     quantized: list[str] = []
     kept: list[str] = []
+    besides: list[str] = []
+    left: list[str] = []
     for name in names:
         quantisable = matches(name, architecture.quantize)
         answer = manager.hook.choose_precision(model_type=model_type, tensor=name)
@@ -53,13 +60,30 @@ def choose_precision(
         wanted = [pattern for pattern in keep if _names_part(pattern, name)]
         for pattern in wanted:
             unused.pop(pattern, None)
-        (kept if wanted or answer == "keep" else quantized).append(name)
+        in_16_bits = matches(name.removesuffix(".weight"), architecture.keep_16bit)
+        if wanted or answer == "keep" or (answer is None and in_16_bits):
+            (left if in_16_bits else kept).append(name)
+            continue
+        quantized.append(name)
+        if in_16_bits:
+            besides.append(name)
     for pattern in unused:
         raise ConfigError(
             f"keep: {pattern!r} matches none of the weights that would be quantised, such as"
             f" {(quantized or kept or ['none'])[0]}; name whole components, with * for one: down_proj, layers.0."
         )
-    return Precision(tuple(quantized), tuple(kept))
+    skip = _skip_modules(architecture.keep_16bit, kept=kept, left=left, besides=besides)
+    return Precision(tuple(quantized), tuple(kept), tuple(besides), skip)
+
+
+def _skip_modules(
+    patterns: Sequence[str], *, kept: Sequence[str], left: Sequence[str], besides: Sequence[str]
+) -> tuple[str, ...]:
+    """The patterns that still hold, and by their names the modules of those that do not, and of what is kept."""
+    modules = [name.removesuffix(".weight") for name in besides]
+    hold = [pattern for pattern in patterns if not any(matches(module, (pattern,)) for module in modules)]
+    named = (name.removesuffix(".weight") for name in sorted([*kept, *left]))
+    return (*hold, *(module for module in named if not matches(module, hold)))
 
 
 def _names_part(pattern: str, name: str) -> bool:

@@ -110,7 +110,7 @@ def filled(
     """
     with torch.device("meta"):
         model = architecture.build(config)
-    tied = {name: weights[source] for name, source in architecture.ties(config).items()}
+    tied = {name: weights[source] for name, source in architecture.ties_of(config, weights).items()}
     model.load_state_dict({**weights, **tied}, assign=True)
     return model.to(dtype).eval().requires_grad_(False)
 

@@ -60,7 +60,7 @@ def finetune(
         note_slow_kernels(device, note)
         if device.type == "cpu":
             keep_freed_memory()
-        dtype = choose_dtype(config.dtype, device)
+        dtype = choose_dtype(config.dtype, device, architecture)
         encoder = Encoder(tokenizer=tokenizer, max_tokens=config.max_tokens)
         data, eval_data = request.sources(manager)
         inputs = inputs_of(

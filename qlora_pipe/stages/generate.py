@@ -36,7 +36,7 @@ def continue_text(
     loaded = load(
         model,
         architecture,
-        dtype=choose_dtype(config.dtype, device),
+        dtype=choose_dtype(config.dtype, device, architecture),
         device=device,
         adapter=adapter,
         residency=config.residency,

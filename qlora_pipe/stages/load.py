@@ -15,7 +15,7 @@ from qlora_pipe.artifacts import Adapter, Checkpoint, QuantizedCheckpoint
 from qlora_pipe.config import Device, DType, Residency
 from qlora_pipe.errors import ConfigError, DataError
 from qlora_pipe.nn.adapt import attach_adapter
-from qlora_pipe.nn.causal import CausalModel
+from qlora_pipe.nn.language import LanguageModel
 from qlora_pipe.nn.linear import TABLES, QuantizedLinear, quantized_tensor, replace_module
 from qlora_pipe.nn.loaded import LoadedModel, tie
 from qlora_pipe.residency.choice import AtRest, Lives, Way, choose
@@ -49,13 +49,23 @@ def note_slow_kernels(device: torch.device, note: Callable[[str], None]) -> None
         note(f"4-bit weights are handled by {cpu.description()}.")
 
 
-def choose_dtype(dtype: DType, device: torch.device) -> torch.dtype:
-    """Turn a setting into the type to compute in: auto is bfloat16 or float16 on a GPU, float32 on a CPU."""
+def choose_dtype(dtype: DType, device: torch.device, architecture: Architecture) -> torch.dtype:
+    """Turn a setting into the type to compute in: auto is bfloat16 or float16 on a GPU, float32 on a CPU.
+
+    ConfigError where float16 was asked for and the family is not computed in it; auto is float32 there.
+    """
+    if dtype == "float16" and architecture.no_float16 is not None:
+        raise ConfigError(
+            f"models of the family {architecture.name} are not computed in float16, because"
+            f" {architecture.no_float16}; use --dtype bfloat16 or float32."
+        )
     if dtype != "auto":
         return DTYPES[dtype]
     if device.type == "cpu":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float16 if architecture.no_float16 is None else torch.float32
 
 
 def load(
@@ -111,15 +121,16 @@ def load(
 
 def placed(base: Checkpoint | QuantizedCheckpoint, architecture: Architecture, *, dtype: torch.dtype) -> list[Placed]:
     """The tensors that a model is made from: which file they are in, in which type they are wanted, and where."""
-    ties, weights = architecture.ties(base.config), base.weights
+    weights = base.weights
+    ties = architecture.ties_of(base.config, weights.names)
     found = []
     for name in weights.names:
-        if name in ties or matches(name, _DERIVED):
+        if name in ties or matches(name, (*_DERIVED, *architecture.unread)):
             continue
         folder, parts = (
             (weights.folder, weights.parts(name)) if isinstance(weights, Store) else (weights, {"tensor": name})
         )
-        block = block_of(name, architecture.blocks)
+        block = None if matches(name, architecture.shared) else block_of(name, architecture.blocks)
         for field, part in parts.items():
             wanted = dtype if field == "tensor" else folder.info(part).dtype
             packed = field in {"codes", "absmax"}
@@ -158,7 +169,7 @@ class _WithoutValues(TorchFunctionMode):
 def _blocks(module: nn.Module) -> dict[str, nn.Module]:
     """A model's blocks by their paths, in the order in which they run."""
     paths = {id(part): path for path, part in module.named_modules()}
-    return {paths[id(block)]: block for block in cast(CausalModel, module).blocks}
+    return {paths[id(block)]: block for block in cast(LanguageModel, module).blocks}
 
 
 def require_weight_type(dtype: torch.dtype, *, name: str) -> None:
@@ -177,7 +188,8 @@ def _fill(
     part: Callable[[str], Tensor] | None = None,
 ) -> None:
     """Give a model on the meta device its tensors: those of `part`, by their names in the files, or the files' own."""
-    ties, weights = architecture.ties(base.config), base.weights
+    weights = base.weights
+    ties = architecture.ties_of(base.config, weights.names)
     for name, shape in _wanted(module, base, architecture, ties).items():
         if base.shape(name) != shape:
             raise DataError(
@@ -210,9 +222,9 @@ def _wanted(
     """The tensors to take from the folder, in its order, and the shapes that the model has for them."""
     shapes = {name: tuple(value.shape) for name, value in module.state_dict(keep_vars=True).items()}
     names = [name for name in base.weights.names if name not in ties]
-    present = {*names, *ties}
+    present, known = {*names, *ties}, (*_DERIVED, *architecture.unread)
     missing = [name for name in shapes if name not in present]
-    unknown = [name for name in names if name not in shapes and not matches(name, _DERIVED)]
+    unknown = [name for name in names if name not in shapes and not matches(name, known)]
     if missing:
         raise DataError(
             f"{base.path.name} lacks the tensor {missing[0]} of a {architecture.name} model{_more(missing)}."

@@ -67,7 +67,7 @@ def merge(
     allows; ExistsError (as CommitError) where `out` holds something else.
     """
     architecture = find_architecture(manager, base.config.get("model_type"), config=base.config)
-    ties = architecture.ties(base.config)
+    ties = architecture.ties_of(base.config, base.weights.names)
     settings = {key: value for key, value in asdict(config).items() if key not in _FREE}
     inputs = {"base": base.identity, "adapter": adapter.identity, "settings": settings}
     if (done := finished(out, kind="checkpoint", inputs=inputs)) is not None:

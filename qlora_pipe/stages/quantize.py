@@ -113,7 +113,7 @@ def _write_store(
 ) -> QuantizeResult:
     model_type = source.config.get("model_type")
     architecture = find_architecture(manager, model_type, config=source.config)
-    ties = architecture.ties(source.config)
+    ties = architecture.ties_of(source.config, source.weights.names)
     infos = {name: source.weights.info(name) for name in source.weights.names if name not in ties}
     # Pickles are not read only to be compared with a store that is there; the store tells what tensors they hold.
     names = infos or _tensors_in(out)
@@ -129,7 +129,8 @@ def _write_store(
     # An adapter to an ordinary store can be had at any time, so the store does not depend on it.
     free = _NOT_BY_THEIR_WORDS if bound else (*_NOT_BY_THEIR_WORDS, "adapter_init", "adapter_rank")
     settings = {key: value for key, value in asdict(config).items() if key not in free}
-    decided = {"settings": settings} | ({"kept": sorted(precision.kept)} if precision.kept else {})
+    others = {"kept": sorted(precision.kept), "quantized_besides": sorted(precision.besides)}
+    decided = {"settings": settings} | {what: tensors for what, tensors in others.items() if tensors}
     # Hashing reads the whole source. It comes first only where something is to be compared with its content.
     by_content = out.exists() or _is_begun_by_content(out)
     inputs = {"source": source.identity if by_content else source.stamp} | decided
@@ -151,7 +152,7 @@ def _write_store(
         kind=config.type,
         block_size=config.block_size,
         double_quant=config.double_quant,
-        skip_modules=(*architecture.keep_16bit, *(name.removesuffix(".weight") for name in sorted(precision.kept))),
+        skip_modules=precision.skip_modules,
     )
     with commit_folder(out, kind="store", inputs=inputs) as work, _hashed_beside(source) as hashed:
         written = sum(record.bytes for record in work.done.values())

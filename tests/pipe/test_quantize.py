@@ -104,7 +104,9 @@ def test_an_unknown_family_is_refused_with_the_installed_ones(
 ) -> None:
     folder = tiny_checkpoint(tmp_path / "source", model_type="rwkv")
     assert execute(["quantize", str(folder), str(tmp_path / "store")]) == 78
-    assert "no installed plugin reads model_type 'rwkv' (installed: llama)" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "no installed plugin reads model_type 'rwkv' (installed: " in said
+    assert "llama" in said
 
 
 def test_a_pipeline_runs_its_stages_and_passes_over_what_is_done(
