@@ -48,18 +48,19 @@ def biased_attention(
     keys: Tensor,
     values: Tensor,
     *,
-    bias: Tensor,
+    bias: Tensor | None,
     causal: bool,
     scale: float,
     key_lengths: Tensor | None = None,
 ) -> Tensor:
     """Attend with scores `scale` * q k^T + bias: to every key or, if causal, to those up to the query's position.
 
-    queries [B, H, T, D], keys and values [B, H, S, D], bias [H, T + S - 1] as `bias_by_distance` gives it; the T
-    queries are the last T of the S positions. Of sequence b only the first key_lengths[b] keys are there, at least
-    one. Gives [B, T, H * D]. Gradients reach queries, keys, values and the bias.
+    queries [B, H, T, D], keys and values [B, H, S, D], bias [H, T + S - 1] as `bias_by_distance` gives it, or None for
+    none; the T queries are the last T of the S positions, where that is asked for. Of sequence b only the first
+    key_lengths[b] keys are there, at least one. Gives [B, T, H * D]. Gradients reach queries, keys, values and bias.
     """
-    assert bias.shape == (queries.shape[1], queries.shape[2] + keys.shape[2] - 1), "the bias is of other lengths"
+    if bias is not None:
+        assert bias.shape == (queries.shape[1], queries.shape[2] + keys.shape[2] - 1), "the bias is of other lengths"
     rule = Rule(causal, scale, key_lengths)
     if queries.is_cuda and queries.dtype != torch.float64 and queries.shape[2] > 1:
         mixed = flex_biased(queries, keys, values, bias=bias, rule=rule)
@@ -77,17 +78,17 @@ class Rule(NamedTuple):
 
 
 class _Chunked(torch.autograd.Function):
-    """A sequence and a chunk of its queries at a time; backward makes the scores of a chunk again."""
+    """Some sequences and a chunk of their queries at a time; backward makes the scores of a chunk again."""
 
     @staticmethod
-    def forward(ctx: Any, rule: Rule, *inputs: Tensor) -> Tensor:
-        queries, keys, values, bias = inputs
+    def forward(ctx: Any, rule: Rule, *inputs: Tensor | None) -> Tensor:
+        queries, keys, values, bias = cast(tuple[Tensor, Tensor, Tensor, Tensor | None], inputs)
         mixed = torch.empty_like(queries)
         sums = torch.empty(queries.shape[:3], dtype=_wide(queries.dtype), device=queries.device)
-        for row, chunk, column in _chunks(queries, keys):
-            scores = _scores(queries[row, :, chunk], keys[row], bias, column, rule, row)
-            sums[row, :, chunk] = scores.logsumexp(-1)
-            mixed[row, :, chunk] = scores.softmax(-1) @ values[row].to(scores.dtype)
+        for rows, chunk, column in _chunks(queries, keys):
+            scores = _scores(queries[rows, :, chunk], keys[rows], bias, column, rule, rows)
+            sums[rows, :, chunk] = scores.logsumexp(-1)
+            mixed[rows, :, chunk] = scores.softmax(-1) @ values[rows].to(scores.dtype)
         ctx.save_for_backward(*inputs, sums)
         ctx.rule = rule
         return mixed
@@ -97,44 +98,53 @@ class _Chunked(torch.autograd.Function):
         queries, keys, values, bias, sums = ctx.saved_tensors
         rule, wide = ctx.rule, sums.dtype
         d_queries = torch.empty_like(queries)
-        d_keys, d_values, d_bias = (torch.zeros_like(each, dtype=wide) for each in (keys, values, bias))
-        for row, chunk, column in _chunks(queries, keys):
-            scores = _scores(queries[row, :, chunk], keys[row], bias, column, rule, row)
-            weights = scores.sub_(sums[row, :, chunk, None]).exp_()
-            q, g = (each[row, :, chunk].to(wide) for each in (queries, gradient))
-            d_values[row] += weights.mT @ g
+        d_keys, d_values = (torch.zeros_like(each, dtype=wide) for each in (keys, values))
+        d_bias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[4] else None
+        for rows, chunk, column in _chunks(queries, keys):
+            scores = _scores(queries[rows, :, chunk], keys[rows], bias, column, rule, rows)
+            weights = scores.sub_(sums[rows, :, chunk, None]).exp_()
+            q, g = (each[rows, :, chunk].to(wide) for each in (queries, gradient))
+            d_values[rows] += weights.mT @ g
             # The softmax' gradient: weights * (d_weights - the sum over the keys of weights * d_weights).
-            d_scores = (g @ values[row].to(wide).mT).mul_(weights)
+            d_scores = (g @ values[rows].to(wide).mT).mul_(weights)
             d_scores.sub_(weights * d_scores.sum(-1, keepdim=True))
-            d_bias.index_add_(1, column.flatten(), d_scores.flatten(1))
-            d_queries[row, :, chunk] = d_scores @ keys[row].to(wide) * rule.scale
-            d_keys[row] += d_scores.mT @ q * rule.scale
-        return None, d_queries, d_keys.to(keys.dtype), d_values.to(values.dtype), d_bias.to(bias.dtype)
+            if d_bias is not None:
+                d_bias.index_add_(1, column.flatten(), d_scores.sum(0).flatten(1))
+            d_queries[rows, :, chunk] = d_scores @ keys[rows].to(wide) * rule.scale
+            d_keys[rows] += d_scores.mT @ q * rule.scale
+        d_table = None if d_bias is None else d_bias.to(bias.dtype)
+        return None, d_queries, d_keys.to(keys.dtype), d_values.to(values.dtype), d_table
 
 
-def _chunks(queries: Tensor, keys: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
-    """A sequence, some of its queries, and for each of those and each key the column of the bias [chunk, S]."""
+def _chunks(queries: Tensor, keys: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Some sequences, some of their queries, and for each of those and each key the column of the bias [chunk, S]."""
     n_sequences, n_heads, n_queries, _ = queries.shape
     n_keys = keys.shape[2]
-    size = max(1, _SCORES // (n_heads * n_keys))
+    size = max(1, min(n_queries, _SCORES // (n_heads * n_keys)))
+    together = max(1, _SCORES // (n_heads * n_keys * size))
     for start in range(0, n_queries, size):
         end = min(start + size, n_queries)
         places = torch.arange(start, end, device=queries.device)
         column = torch.arange(n_keys, device=queries.device) - places[:, None] + n_queries - 1
-        for row in range(n_sequences):
-            yield row, slice(start, end), column
+        for first in range(0, n_sequences, together):
+            yield slice(first, first + together), slice(start, end), column
 
 
-def _scores(queries: Tensor, keys: Tensor, bias: Tensor, column: Tensor, rule: Rule, row: int) -> Tensor:  # noqa: PLR0917
-    """queries [H, chunk, D], keys [H, S, D] -> [H, chunk, S], in float32 at least."""
+def _scores(  # noqa: PLR0917
+    queries: Tensor, keys: Tensor, bias: Tensor | None, column: Tensor, rule: Rule, rows: slice
+) -> Tensor:
+    """queries [rows, H, chunk, D], keys [rows, H, S, D] -> [rows, H, chunk, S], in float32 at least."""
     wide = _wide(queries.dtype)
-    n_keys = keys.shape[1]
-    scores = (queries.to(wide) @ keys.to(wide).mT).mul_(rule.scale).add_(bias[:, column])
+    n_keys = keys.shape[2]
+    scores = (queries.to(wide) @ keys.to(wide).mT).mul_(rule.scale)
+    if bias is not None:
+        scores.add_(bias[:, column])
     if rule.causal:
         # The distance 0 has column S - 1.
         scores.masked_fill_(column >= n_keys, -torch.inf)
     if rule.key_lengths is not None:
-        scores.masked_fill_(torch.arange(n_keys, device=keys.device) >= rule.key_lengths[row], -torch.inf)
+        places = torch.arange(n_keys, device=keys.device)
+        scores.masked_fill_(places >= rule.key_lengths[rows, None, None, None], -torch.inf)
     return scores
 
 
@@ -143,7 +153,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def flex_biased(
-    queries: Tensor, keys: Tensor, values: Tensor, *, bias: Tensor, rule: Rule, compiled: bool = True
+    queries: Tensor, keys: Tensor, values: Tensor, *, bias: Tensor | None, rule: Rule, compiled: bool = True
 ) -> Tensor:
     """The same as one kernel, which FlexAttention makes (arXiv 2412.05496): [B, H, T, D].
 
@@ -157,12 +167,19 @@ def flex_biased(
 
 
 def _flex(
-    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, last: Tensor, *, rule: Rule, reach: BlockMask | None
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    last: Tensor,
+    *,
+    rule: Rule,
+    reach: BlockMask | None,
 ) -> Tensor:
     lengths = rule.key_lengths
 
     def biased(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        found = score + bias[head, key - query + last]
+        found = score if bias is None else score + bias[head, key - query + last]
         return found if lengths is None else torch.where(key < lengths[row], found, -torch.inf)
 
     return flex_attention(queries, keys, values, score_mod=biased, block_mask=reach, scale=rule.scale)
