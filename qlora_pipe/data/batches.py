@@ -1,6 +1,7 @@
 """Batches of samples: the endless stream to train on, which any position gives again, and a fixed pass to evaluate.
 
-A row of a batch is one sample or, packed, several one after the other.
+A row of a batch is one sample or, packed, several one after the other. For a seq2seq model a row has two sides: what
+the encoder reads, and what the decoder does.
 """
 
 from bisect import bisect_right
@@ -10,12 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_pipe.data.encode import Sample
 from qlora_pipe.data.order import epoch_order
 from qlora_pipe.data.pack import PackedRows, pack, pack_epoch
-from qlora_pipe.data.sample_file import lengths_of
+from qlora_pipe.data.sample_file import lengths_of, source_lengths_of
+from qlora_pipe.lanes import sent
+from qlora_pipe.nn.language import Inputs
 from qlora_pipe.nn.packing import Packing
 
 IGNORE = -100
@@ -30,20 +33,26 @@ class Batch:
     """Rows of samples, padded on the right."""
 
     ids: Tensor
-    """[B, T], int64: what the model reads."""
+    """[B, T], int64: what the model reads, or the decoder of a seq2seq model."""
     labels: Tensor
     """[B, T], int64: labels[b, t] is the id that should follow ids[b, t] in its sample, or IGNORE."""
     tokens: int
-    """Ids that are no padding."""
+    """Ids that are no padding, those of the sources among them."""
     trained: int
     """Labels that are not IGNORE."""
     origins: tuple[str, ...]
     packing: Packing | None = None
     """Where samples begin, in rows that may hold several; None where each holds one."""
+    source: Tensor | None = None
+    """[B, S], int64: what the encoder of a seq2seq model reads."""
+    source_lengths: Tensor | None = None
+    """[B], int64: how many of a row of `source` are no padding."""
 
-    def packing_on(self, device: torch.device) -> Packing | None:
-        """The packing as a model on a device takes it."""
-        return None if self.packing is None else self.packing.to(device)
+    def inputs_on(self, device: torch.device) -> Inputs:
+        """What a model on a device reads of the batch."""
+        source, lengths = (None if part is None else sent(part, device) for part in (self.source, self.source_lengths))
+        packing = None if self.packing is None else self.packing.to(device)
+        return Inputs(sent(self.ids, device), packing, source, lengths)
 
 
 class Place(NamedTuple):
@@ -105,7 +114,7 @@ def eval_batches(samples: Sequence[Sample], *, batch_size: int, row_tokens: int 
     With `row_tokens` they are packed into rows of at most so many tokens; `batch_size` counts rows.
     """
     lengths = lengths_of(samples)
-    longest_first = np.argsort(-lengths, kind="stable")
+    longest_first = np.argsort(-lengths - source_lengths_of(samples), kind="stable")
     if row_tokens is None:
         rows = PackedRows(longest_first, np.arange(len(longest_first)))
     else:
@@ -116,7 +125,10 @@ def eval_batches(samples: Sequence[Sample], *, batch_size: int, row_tokens: int 
 
 
 def collate(rows: Sequence[Sequence[Sample]], *, packed: bool = False) -> Batch:
-    """Set samples in rows: the model reads all ids of each but the last, and its labels are those one place on."""
+    """Set samples in rows: the model reads all ids of each but the last, and its labels are those one place on.
+
+    Sources are padded on the right, too; how long each is, and not an id, says what is padding.
+    """
     assert packed or all(len(row) == 1 for row in rows), "only packed rows hold several samples"
     lengths = [[_inputs(sample) for sample in row] for row in rows]
     width = max(map(sum, lengths))
@@ -130,14 +142,31 @@ def collate(rows: Sequence[Sequence[Sample]], *, packed: bool = False) -> Batch:
             ids[row, start:end] = sequence[:-1]
             labels[row, start:end] = sequence[1:].where(torch.from_numpy(sample.trained)[1:], IGNORE)
             start = end
+    source, source_lengths = _sources([sample for samples in rows for sample in samples])
     return Batch(
         ids=ids,
         labels=labels,
-        tokens=sum(map(sum, lengths)),
+        tokens=sum(map(sum, lengths)) + sum(_source_length(sample) for samples in rows for sample in samples),
         trained=sum(int(sample.trained.sum()) for row in rows for sample in row),
         origins=tuple(sample.origin for row in rows for sample in row),
         packing=Packing.of(lengths, width=width) if packed else None,
+        source=source,
+        source_lengths=source_lengths,
     )
+
+
+def _sources(samples: Sequence[Sample]) -> tuple[Tensor | None, Tensor | None]:
+    """The sources of samples in rows [B, S], and how long each is [B]; None, twice, where they have none."""
+    sources = [torch.from_numpy(sample.source).long() for sample in samples if sample.source is not None]
+    if not sources:
+        return None, None
+    assert len(sources) == len(samples), "either all samples have a source or none has"
+    rows = nn.utils.rnn.pad_sequence(sources, batch_first=True, padding_value=PAD_ID)
+    return rows, torch.tensor([len(source) for source in sources])
+
+
+def _source_length(sample: Sample) -> int:
+    return 0 if sample.source is None else len(sample.source)
 
 
 def _inputs(sample: Sample) -> int:

@@ -61,6 +61,11 @@ class SampleSequence(Sequence[Sample]):
         """How many ids each sample has, [n]."""
         raise NotImplementedError
 
+    @property
+    def source_lengths(self) -> NDArray[np.int64]:
+        """How many ids each sample's source has, [n]."""
+        raise NotImplementedError
+
     def _sample(self, index: int) -> Sample:
         raise NotImplementedError
 
@@ -87,6 +92,10 @@ class ChosenSamples(SampleSequence):
     def lengths(self) -> NDArray[np.int64]:
         return lengths_of(self._samples)[self._indices]
 
+    @property
+    def source_lengths(self) -> NDArray[np.int64]:
+        return source_lengths_of(self._samples)[self._indices]
+
     def _sample(self, index: int) -> Sample:
         return self._samples[int(self._indices[index])]
 
@@ -103,6 +112,10 @@ class StoredSamples(SampleSequence):
     @property
     def lengths(self) -> NDArray[np.int64]:
         return self._index["ids"].astype(np.int64)
+
+    @property
+    def source_lengths(self) -> NDArray[np.int64]:
+        return self._index["source"].astype(np.int64)
 
     def _sample(self, index: int) -> Sample:
         start = int(self._index["end"][index - 1]) if index else 0
@@ -155,6 +168,14 @@ def lengths_of(samples: Sequence[Sample]) -> NDArray[np.int64]:
     if isinstance(samples, SampleSequence):
         return samples.lengths
     return np.fromiter((len(sample.ids) for sample in samples), np.int64, len(samples))
+
+
+def source_lengths_of(samples: Sequence[Sample]) -> NDArray[np.int64]:
+    """How many ids the source of each of some samples has, [n]; 0 where there is none."""
+    if isinstance(samples, SampleSequence):
+        return samples.source_lengths
+    sources = (0 if sample.source is None else len(sample.source) for sample in samples)
+    return np.fromiter(sources, np.int64, len(samples))
 
 
 def largest_id(samples: Iterable[Sample]) -> int:

@@ -9,7 +9,20 @@ from torch import Tensor, nn
 from qlora_pipe.nn.packing import Packing
 
 State = Tensor | tuple[Tensor, ...]
-"""What goes from block to block: [B, T, D], or several tensors where blocks hand on more than one."""
+"""What goes from block to block: [B, T, D], or several tensors where blocks hand on more than one.
+
+All blocks of a model take and give as many. One that a block hands on as it is, is the same object.
+"""
+
+
+def tensors_of(state: State) -> tuple[Tensor, ...]:
+    """A state's tensors, of which there may be one."""
+    return (state,) if isinstance(state, Tensor) else tuple(state)
+
+
+def state_of(tensors: Sequence[Tensor]) -> State:
+    """The state of these tensors, as `tensors_of` gives them."""
+    return tensors[0] if len(tensors) == 1 else tuple(tensors)
 
 
 class Inputs(NamedTuple):

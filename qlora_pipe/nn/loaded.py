@@ -10,6 +10,8 @@ from torch import nn
 from qlora_pipe.architecture import Architecture
 from qlora_pipe.errors import ConfigError, DataError
 from qlora_pipe.nn.causal import CausalModel
+from qlora_pipe.nn.language import LanguageModel
+from qlora_pipe.nn.seq2seq import Seq2SeqModel
 from qlora_pipe.residency.choice import AtRest, Lives
 
 
@@ -33,9 +35,19 @@ class LoadedModel:
     residency: Lives = field(default_factory=lambda: AtRest("resident"))
 
     @property
+    def language(self) -> LanguageModel:
+        """The module as what training asks of it, whatever its kind."""
+        return cast(LanguageModel, self.module)
+
+    @property
     def causal(self) -> CausalModel:
-        """The module as what training and generation ask of it."""
+        """The module as what generation asks of it, where the family's kind is causal."""
         return cast(CausalModel, self.module)
+
+    @property
+    def seq2seq(self) -> Seq2SeqModel:
+        """The module as what generation asks of it, where the family's kind is seq2seq."""
+        return cast(Seq2SeqModel, self.module)
 
     def require_ids(self, ids: Iterable[int]) -> None:
         """Raise DataError where an id has no row in the embedding: the tokenizer belongs to another model."""

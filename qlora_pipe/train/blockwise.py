@@ -16,7 +16,7 @@ from torch import Tensor
 from qlora_pipe.architecture import matches
 from qlora_pipe.data.batches import Batch
 from qlora_pipe.errors import ConfigError
-from qlora_pipe.lanes import sent
+from qlora_pipe.nn.language import State, state_of, tensors_of
 from qlora_pipe.nn.linear import LoraLinear, share_scratch
 from qlora_pipe.nn.loaded import LoadedModel
 from qlora_pipe.train.loss import loss_of_hidden
@@ -26,11 +26,15 @@ from qlora_pipe.train.shelf import Shelf, Shelved
 _SEEDS = 2**62
 
 
+Gradients = Sequence[Tensor | None]
+"""Of a state's tensors; None where one has no part in the loss."""
+
+
 class _Visit(NamedTuple):
     """What is kept of a batch's way through a block: its input and, unless it is computed again, its output."""
 
-    before: Tensor | Shelved
-    after: Tensor | None
+    before: tuple[Tensor | Shelved, ...]
+    after: tuple[Tensor, ...] | None
 
 
 class BlockwisePass:
@@ -43,7 +47,7 @@ class BlockwisePass:
         self._model = model
         self._shelf = Shelf(model.device) if offload else None
         self._recompute = recompute
-        self._blocks = list(model.causal.blocks)
+        self._blocks = list(model.language.blocks)
         self._scratch = share_scratch(model.module)
         self._adapters = [[part for part in block.modules() if isinstance(part, LoraLinear)] for block in self._blocks]
         self._require_all_reached()
@@ -59,12 +63,12 @@ class BlockwisePass:
         All batches go through a block before the next block begins; gradients add up in the order of the batches, with
         the bits that one `run` for each of them would give.
         """
-        model, device = self._model.causal, self._model.device
+        model, device = self._model.language, self._model.device
         # One draw for a batch: the masks do not depend on how often, or in which order, blocks run.
         drops = self._drops
         seeds = [int(torch.randint(_SEEDS, ())) if drops else 0 for _ in batches]
         with torch.no_grad():
-            begun = [model.embed(sent(batch.ids, device), packing=batch.packing_on(device)) for batch in batches]
+            begun = [model.begin(batch.inputs_on(device)) for batch in batches]
         states, told = [state for state, _ in begun], [told for _, told in begun]
         kept: list[list[_Visit]] = []
         keeps = self._recompute.choose(self._blocks, states, told)
@@ -75,10 +79,14 @@ class BlockwisePass:
                 for each, seed in enumerate(seeds):
                     visit, states[each] = self._forward(number, states[each], told[each], seed, keep=keeps(number))
                     kept[-1].append(visit)
-        losses = []
-        for each, batch in enumerate(batches):
-            loss, states[each] = self._loss(states[each], batch, divisor=divisor, loss_scale=loss_scale)
+        losses: list[Tensor] = []
+        gradients: list[Gradients] = []
+        for state, batch in zip(states, batches, strict=True):
+            loss, gradient = self._loss(state, batch, divisor=divisor, loss_scale=loss_scale)
             losses.append(loss)
+            gradients.append(gradient)
+        # Nobody needs the last states any more.
+        states.clear()
         for number in reversed(range(len(self._blocks))):
             visits = kept.pop()
             self._fetch(visits)
@@ -86,50 +94,66 @@ class BlockwisePass:
             # So is one that the second forward and dX both use.
             with self._scratch.hold() if len(batches) > 1 or visits[0].after is None else nullcontext():
                 for each, visit in enumerate(visits):
-                    states[each] = self._backward(number, visit, states[each], told[each], seeds[each])
+                    gradients[each] = self._backward(number, visit, gradients[each], told[each], seeds[each])
         return losses
 
-    def _forward(self, number: int, state: Tensor, told: Any, seed: int, *, keep: bool) -> tuple[_Visit, Tensor]:
+    def _forward(self, number: int, state: State, told: Any, seed: int, *, keep: bool) -> tuple[_Visit, State]:
         with self._seeded(number, seed):
             if not keep:
                 with torch.no_grad():
-                    after: Tensor = self._blocks[number](state, told)
-                return _Visit(state if self._shelf is None else self._shelf.put(state), None), after
+                    after: State = self._blocks[number](state, told)
+                return _Visit(self._set_aside(state, after), None), after
             # Nothing before the first block is trained.
-            before = state.detach().requires_grad_(number > 0)
-            after = self._blocks[number](before, told)
-            return _Visit(before, after), after.detach()
+            before = [part.detach().requires_grad_(number > 0) for part in tensors_of(state)]
+            after = self._blocks[number](state_of(before), told)
+            return _Visit(tuple(before), tensors_of(after)), state_of([part.detach() for part in tensors_of(after)])
+
+    def _set_aside(self, state: State, after: State) -> tuple[Tensor | Shelved, ...]:
+        """What to keep of a state: its tensors, or what stands for those that the next block does not need."""
+        if self._shelf is None:
+            return tensors_of(state)
+        needed = {id(part) for part in tensors_of(after)}
+        return tuple(part if id(part) in needed else self._shelf.put(part) for part in tensors_of(state))
 
     def _fetch(self, visits: Sequence[_Visit]) -> None:
         """Begin to bring back what was set aside."""
-        for before, _ in visits:
-            if isinstance(before, Shelved):
+        for part in (part for before, _ in visits for part in before):
+            if isinstance(part, Shelved):
                 assert self._shelf is not None
-                self._shelf.fetch(before)
+                self._shelf.fetch(part)
 
-    def _loss(self, state: Tensor, batch: Batch, *, divisor: float, loss_scale: float) -> tuple[Tensor, Tensor]:
+    def _loss(self, state: State, batch: Batch, *, divisor: float, loss_scale: float) -> tuple[Tensor, Gradients]:
         """A batch's loss, and the gradient of the state after the last block."""
-        state = state.detach().requires_grad_()
-        loss = loss_of_hidden(self._model, self._model.causal.finish(state), batch) / divisor
+        parts = [part.detach().requires_grad_() for part in tensors_of(state)]
+        loss = loss_of_hidden(self._model, self._model.language.finish(state_of(parts)), batch) / divisor
         (loss * loss_scale).backward()  # type: ignore[no-untyped-call]
-        assert state.grad is not None
-        return loss.detach(), state.grad
+        return loss.detach(), [part.grad for part in parts]
 
-    def _backward(self, number: int, visit: _Visit, gradient: Tensor, told: Any, seed: int) -> Tensor:
-        """Give the gradient of the block's input; before the first block it is what came, and no longer of use."""
-        before, after = visit
-        if isinstance(before, Shelved):
-            assert self._shelf is not None
-            before = self._shelf.take(before)
+    def _backward(self, number: int, visit: _Visit, gradient: Gradients, told: Any, seed: int) -> Gradients:
+        """Give the gradient of the block's input; there is none before the first block."""
+        before = [self._taken(part) for part in visit.before]
+        after = visit.after
         # A block that is computed again enters by itself, and one that was kept does not.
         self._model.residency.enter(number)
         if after is None:
-            before = before.detach().requires_grad_(number > 0)
+            before = [part.detach().requires_grad_(number > 0) for part in before]
             with self._seeded(number, seed):
-                after = self._blocks[number](before, told)
-        if after.requires_grad:
-            torch.autograd.backward(after, gradient)
-        return gradient if before.grad is None else before.grad
+                after = tensors_of(self._blocks[number](state_of(before), told))
+        reached = [
+            (part, given)
+            for part, given in zip(after, gradient, strict=True)
+            if part.requires_grad and given is not None
+        ]
+        if reached:
+            outputs, given = zip(*reached, strict=True)
+            torch.autograd.backward(outputs, given)
+        return [part.grad for part in before]
+
+    def _taken(self, part: Tensor | Shelved) -> Tensor:
+        if not isinstance(part, Shelved):
+            return part
+        assert self._shelf is not None
+        return self._shelf.take(part)
 
     @contextmanager
     def _seeded(self, number: int, seed: int) -> Iterator[None]:

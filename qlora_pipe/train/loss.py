@@ -17,7 +17,7 @@ _ROWS = 1024
 
 def summed_loss(model: LoadedModel, batch: Batch) -> Tensor:
     """Sum the cross-entropy over a batch's labels, in float32 or, for a model in float64, in that: a scalar."""
-    hidden = model.causal.hidden(sent(batch.ids, model.device), packing=batch.packing_on(model.device))
+    hidden = model.language.hidden_of(batch.inputs_on(model.device))
     return loss_of_hidden(model, hidden, batch)
 
 
@@ -32,10 +32,10 @@ def loss_of_hidden(model: LoadedModel, hidden: Tensor, batch: Batch) -> Tensor:
     rows_N = (labels_BT != IGNORE).nonzero()[:, 0]
     hidden_ND = hidden.flatten(0, 1).index_select(0, sent(rows_N, model.device))
     labels_N = sent(labels_BT[rows_N], model.device)
-    if (weight := model.causal.head_weight) is not None:
-        return head_loss(hidden_ND, weight, labels_N, softcap=model.causal.head_softcap)
+    if (weight := model.language.head_weight) is not None:
+        return head_loss(hidden_ND, weight, labels_N, softcap=model.language.head_softcap)
     parts = [
-        functional.cross_entropy(_at_least_float32(model.causal.head(rows)), labels, reduction="sum")
+        functional.cross_entropy(_at_least_float32(model.language.head(rows)), labels, reduction="sum")
         for rows, labels in zip(torch.split(hidden_ND, _ROWS), torch.split(labels_N, _ROWS), strict=True)
     ]
     return torch.stack(parts).sum()
