@@ -7,7 +7,7 @@ would never produce; an EOS id follows it.
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,29 +56,37 @@ class Encoder:
 
     tokenizer: Tokenizer
     max_tokens: int
+    start_id: int | None = None
+    """The id that a seq2seq model's decoder begins with; None for a causal model."""
 
     @property
     def fingerprint(self) -> str:
         """All that samples follow from besides the rows, in hexadecimal."""
         ids = (self.tokenizer.bos_id, self.tokenizer.eos_id)
-        parts = (ENCODING_VERSION, self.tokenizer.digest, *ids, self.max_tokens)
+        parts = (ENCODING_VERSION, self.tokenizer.digest, *ids, self.max_tokens, self.start_id)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def encode(self, examples: Sequence[Example]) -> Iterator[list[Sample] | DataError]:
         """Give for each example, in order, its samples or what is wrong with it."""
         for example in examples:
             try:
-                yield list(encode(example, self.tokenizer, max_tokens=self.max_tokens))
+                yield list(encode(example, self.tokenizer, max_tokens=self.max_tokens, start_id=self.start_id))
             except DataError as fault:
                 yield fault
 
 
-def encode(example: Example, tokenizer: Tokenizer, *, max_tokens: int) -> Iterator[Sample]:
+def encode(example: Example, tokenizer: Tokenizer, *, max_tokens: int, start_id: int | None = None) -> Iterator[Sample]:
     """Yield an example's samples: one for a prompt or a conversation, windows for a text.
 
-    DataError names the row whose text the tokenizer cannot take, or of which nothing would be trained.
+    With `start_id`, which a decoder begins with, it is the sample of a seq2seq model: the last answer, and as its
+    source all that leads to it. DataError names the row whose text the tokenizer cannot take, or of which nothing would
+    be trained.
     """
     kinds = {message.role == "text" for message in example.messages}
+    if start_id is not None:
+        if kinds != {False}:
+            raise DataError(f"{example.origin}: a text has no answer, which is what an encoder-decoder model learns")
+        return iter([_both_sides(example, tokenizer, max_tokens=max_tokens, start_id=start_id)])
     if kinds == {True}:
         return _windows(example, tokenizer, max_tokens=max_tokens)
     if kinds != {False}:
@@ -123,6 +131,23 @@ def _conversation(example: Example, tokenizer: Tokenizer, *, max_tokens: int) ->
             f" {trained.index(True) + 1} and --max-tokens is {max_tokens}; raise --max-tokens or remove the row"
         )
     return _sample(ids[:max_tokens], trained[:max_tokens], origin=example.origin, cut=len(ids) > max_tokens)
+
+
+def _both_sides(example: Example, tokenizer: Tokenizer, *, max_tokens: int, start_id: int) -> Sample:
+    *earlier, last = pieces(example)
+    prompt = "".join(piece.text for piece in earlier) + last.text[: last.answer_start]
+    source, _ = _tokenise(prompt, tokenizer, origin=example.origin)
+    answer, _ = _tokenise(last.text[last.answer_start :], tokenizer, origin=example.origin)
+    if not answer:
+        raise DataError(f"{example.origin}: the tokenizer makes no token of the answer")
+    ids = [start_id, *answer, tokenizer.eos_id]
+    sample = _sample(
+        ids[:max_tokens],
+        [False, *[True] * (len(ids) - 1)][:max_tokens],
+        origin=example.origin,
+        cut=max(len(ids), len(source) + 1) > max_tokens,
+    )
+    return replace(sample, source=np.array([*source[: max_tokens - 1], tokenizer.eos_id], dtype=np.int32))
 
 
 def _windows(example: Example, tokenizer: Tokenizer, *, max_tokens: int) -> Iterator[Sample]:

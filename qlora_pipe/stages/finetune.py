@@ -21,6 +21,7 @@ from qlora_pipe.data.tokenizer import Tokenizer
 from qlora_pipe.errors import ConfigError, NonFiniteError
 from qlora_pipe.nn.adapt import pairs_of
 from qlora_pipe.nn.loaded import LoadedModel
+from qlora_pipe.nn.seq2seq import start_id_of
 from qlora_pipe.plugins import find_architecture
 from qlora_pipe.stages.load import choose_device, choose_dtype, load, note_slow_kernels
 from qlora_pipe.train.estimate import step_bytes
@@ -61,7 +62,8 @@ def finetune(
         if device.type == "cpu":
             keep_freed_memory()
         dtype = choose_dtype(config.dtype, device, architecture)
-        encoder = Encoder(tokenizer=tokenizer, max_tokens=config.max_tokens)
+        start_id = start_id_of(base.config) if architecture.kind == "seq2seq" else None
+        encoder = Encoder(tokenizer=tokenizer, max_tokens=config.max_tokens, start_id=start_id)
         data, eval_data = request.sources(manager)
         inputs = inputs_of(
             request, base=base, data=data, eval_data=eval_data, encoding=encoder.fingerprint, start=start, dtype=dtype
