@@ -46,8 +46,8 @@ class Architecture:
     """Weights that the store keeps in 4 bits, such as `model.layers.*.mlp.*_proj.weight`."""
 
     keep_16bit: tuple[str, ...]
-    """Linear modules kept in 16 bits, such as `lm_head`; other tools read this list, as regular expressions, in the
-    store's config. One that `quantize` matches too is in 4 bits where a plugin's `choose_precision` asks for it."""
+    """Linear modules kept in 16 bits, by components of their paths, such as `lm_head`; other tools read this list in
+    the store's config. One that `quantize` matches too is in 4 bits where a plugin's `choose_precision` asks for it."""
 
     adapt: tuple[str, ...]
     """Linear modules that get a LoRA adapter, such as `model.layers.*.mlp.*_proj`."""
@@ -92,3 +92,9 @@ def block_of(name: str, patterns: Iterable[str]) -> str | None:
     """Name the block a tensor belongs to, `model.layers.7`, or None where it belongs to none."""
     found = _compiled(tuple(patterns), prefix=True).match(name)
     return None if found is None else found.group()
+
+
+def names_part(pattern: str, name: str) -> bool:
+    """Say whether a pattern names one or more whole components of a dotted name, anywhere in it: `layers.*.mlp`."""
+    body = "[^.]*".join(re.escape(part) for part in pattern.split("*"))
+    return re.search(rf"(?:^|\.){body}(?:\.|$)", name) is not None

@@ -1,12 +1,11 @@
 """Which weights a store keeps in 4 bits: the architecture's list, less what a plugin or the user leaves in 16."""
 
-import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import pluggy
 
-from qlora_pipe.architecture import Architecture, matches
+from qlora_pipe.architecture import Architecture, matches, names_part
 from qlora_pipe.errors import ConfigError
 
 
@@ -19,7 +18,7 @@ class Precision(NamedTuple):
     besides: tuple[str, ...]
     """In 4 bits, which the architecture would have in 16; they are among `quantized`, too."""
     skip_modules: tuple[str, ...]
-    """The modules, by name or pattern, of which a reader of the store must not expect 4 bits."""
+    """What names the modules, by a component of their path or the whole, of which no reader must expect 4 bits."""
 
 
 def choose_precision(
@@ -57,10 +56,10 @@ def choose_precision(
             )
         if not quantisable:
             continue
-        wanted = [pattern for pattern in keep if _names_part(pattern, name)]
+        wanted = [pattern for pattern in keep if names_part(pattern, name)]
         for pattern in wanted:
             unused.pop(pattern, None)
-        in_16_bits = matches(name.removesuffix(".weight"), architecture.keep_16bit)
+        in_16_bits = any(names_part(pattern, name) for pattern in architecture.keep_16bit)
         if wanted or answer == "keep" or (answer is None and in_16_bits):
             (left if in_16_bits else kept).append(name)
             continue
@@ -79,13 +78,7 @@ def choose_precision(
 def _skip_modules(
     patterns: Sequence[str], *, kept: Sequence[str], left: Sequence[str], besides: Sequence[str]
 ) -> tuple[str, ...]:
-    """The patterns that still hold, and by their names the modules of those that do not, and of what is kept."""
-    modules = [name.removesuffix(".weight") for name in besides]
-    hold = [pattern for pattern in patterns if not any(matches(module, (pattern,)) for module in modules)]
-    named = (name.removesuffix(".weight") for name in sorted([*kept, *left]))
-    return (*hold, *(module for module in named if not matches(module, hold)))
-
-
-def _names_part(pattern: str, name: str) -> bool:
-    body = "[^.]*".join(re.escape(part) for part in pattern.split("*"))
-    return re.search(rf"(?:^|\.){body}(?:\.|$)", name) is not None
+    """The patterns that still hold, and the names of the modules that these do not name."""
+    hold = [pattern for pattern in patterns if not any(names_part(pattern, name) for name in besides)]
+    named = (name for name in sorted([*kept, *left]) if not any(names_part(pattern, name) for pattern in hold))
+    return (*hold, *(name.removesuffix(".weight") for name in named))

@@ -79,7 +79,8 @@ def finetune(
         held_in, held_out = _divided(samples, config)
         # From here on every draw comes from this seed: the adapter's first values, then the dropout.
         torch.manual_seed(config.seed)
-        tokens = config.batch_size * config.max_tokens
+        sides = 2 if architecture.kind == "seq2seq" else 1
+        tokens = sides * config.batch_size * config.max_tokens
         model = load(
             base,
             architecture,

@@ -87,7 +87,7 @@ def assert_same_logits(folder: Path, inputs: Inputs, dtype: torch.dtype) -> None
 
 
 @DTYPES
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(9))
 @pytest.mark.parametrize("kind", ["t5", "mt5", "umt5"])
 def test_random_models_give_the_logits_of_transformers(
     tmp_path: Path, kind: str, seed: int, dtype: torch.dtype
@@ -124,14 +124,11 @@ def test_the_config_of_each_published_variant_gives_the_logits_of_transformers(
     assert_same_logits(folder, some_sources(2, 45), dtype)
 
 
-@DTYPES
 @pytest.mark.parametrize("gate", ["", "gated-"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_each_activation_gives_the_logits_of_transformers(
-    tmp_path: Path, activation: str, gate: str, dtype: torch.dtype
-) -> None:
+def test_each_activation_gives_the_logits_of_transformers(tmp_path: Path, activation: str, gate: str) -> None:
     folder = t5_checkpoint(tmp_path, feed_forward_proj=gate + activation, num_layers=1, num_decoder_layers=1)
-    assert_same_logits(folder, some_sources(2, 9), dtype)
+    assert_same_logits(folder, some_sources(2, 9), torch.float64)
 
 
 def test_every_activation_of_transformers_without_parameters_is_known() -> None:

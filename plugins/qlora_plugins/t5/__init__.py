@@ -11,13 +11,10 @@ if TYPE_CHECKING:
     import torch
 
 _STACKS = ("encoder.block.*", "decoder.block.*")
-# Matrices back from the inner width, which 4 bits harm most; transformers, too, keeps them in 16.
-_WO = tuple(f"{stack}.layer.*.DenseReluDense.wo" for stack in _STACKS)
 _LINEARS = (
     *(f"{stack}.layer.0.SelfAttention.{part}" for stack in _STACKS for part in "qkvo"),
     *(f"decoder.block.*.layer.1.EncDecAttention.{part}" for part in "qkvo"),
-    *(f"{stack}.layer.*.DenseReluDense.wi*" for stack in _STACKS),
-    *_WO,
+    *(f"{stack}.layer.*.DenseReluDense.{part}" for stack in _STACKS for part in ("wi*", "wo")),
 )
 
 
@@ -49,7 +46,8 @@ def register_architectures() -> list[Architecture]:
             build=build,
             blocks=_STACKS,
             quantize=tuple(f"{path}.weight" for path in _LINEARS),
-            keep_16bit=("lm_head", *_WO),
+            # transformers, too, keeps `wo` in 16 bits, and would not read it in 4.
+            keep_16bit=("lm_head", "wo"),
             adapt=_LINEARS,
             ties=ties,
             # transformers writes tie_word_embeddings true beside a head of its own.
