@@ -11,7 +11,11 @@ from qlora_pipe.config import GenerateConfig
 @click.command()
 @click.argument("model")
 @click.option("--adapter", help="LoRA adapter to put on the model: a folder, a run or a Hub id.")
-@click.option("--prompt", required=True, help="Text to continue, fed as it is after the tokenizer's BOS.")
+@click.option(
+    "--prompt",
+    required=True,
+    help="Text to continue, after the tokenizer's BOS, or for an encoder-decoder to answer; fed as it is.",
+)
 @options_of(GenerateConfig)
 def generate(model: str, adapter: str | None, prompt: str, **settings: Any) -> None:
     """Continue a prompt with MODEL, a 4-bit store or a 16-bit checkpoint (a folder or Hub id).

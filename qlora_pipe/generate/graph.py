@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qlora_pipe.generate.steps import CausalModel, read
+from qlora_pipe.generate.readers import CausalModel, read
 from qlora_pipe.nn.cache import KVCache, StepCache
 
 # New tokens that a cache has room for at first.
@@ -63,7 +63,7 @@ class CapturedSteps:
     def begin(self, ids: Sequence[int], *, room: int) -> None:
         """Read a text that up to `room` tokens will follow, and forget any other."""
         prompt = self._model.new_cache(1, len(ids))
-        self._logits = read(self._model, ids, prompt)
+        self._logits = read(self._model, torch.tensor([ids], device=prompt.stored.device), prompt)[0]
         self._filled = len(ids)
         if self._cache is None:
             device = self._logits.device

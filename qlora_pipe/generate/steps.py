@@ -6,26 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qlora_pipe.nn.cache import Cache, KVCache
-
-
-class CausalModel(Protocol):
-    """What generation asks of a causal model, whatever its family."""
-
-    training: bool
-
-    @property
-    def context(self) -> int:
-        """The longest sequence, in tokens."""
-
-    def hidden(self, ids: Tensor, *, cache: Cache | None = None) -> Tensor:
-        """Ids [B, T] -> last hidden states [B, T, D], the tokens added to the cache."""
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """Hidden states [..., D] -> logits [..., vocabulary]."""
-
-    def new_cache(self, batch: int, capacity: int) -> KVCache:
-        """Make an empty cache."""
+from qlora_pipe.errors import NonFiniteError
+from qlora_pipe.generate.readers import CausalModel, CausalReader, Reader
 
 
 class Steps(Protocol):
@@ -45,39 +27,51 @@ class Steps(Protocol):
         """Yield the logit and the id of the likeliest token `count` times, each read before the next."""
 
 
-class EagerSteps:
+class ReaderSteps:
     """Every step by itself, on any device and with weights that may move between steps."""
 
-    def __init__(self, model: CausalModel) -> None:
-        self._model = model
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
 
     @property
     def logits(self) -> Tensor:
         """What comes next, float32 [vocabulary]."""
-        return self._logits
+        return self._logits[0]
 
     def begin(self, ids: Sequence[int], *, room: int) -> None:
         """Read a text that up to `room` tokens will follow, and forget any other."""
-        self._cache = self._model.new_cache(1, len(ids) + room)
-        self._logits = read(self._model, ids, self._cache)
+        self._logits = self._reader.begin(ids, room=room)
 
     def go_on(self, token: int) -> None:
         """Read one more token."""
-        self._logits = read(self._model, [token], self._cache)
+        self._logits = self._reader.go_on(torch.tensor([token], device=self._logits.device))
 
     def likeliest(self, count: int) -> Iterator[tuple[float, int]]:
-        """Yield the likeliest token `count` times, each read before the next."""
+        """Yield the likeliest token `count` times, each read before the next, where it was found."""
         for number in range(count):
             top, token = self._logits.max(-1)
-            likeliest = int(token)
-            yield float(top), likeliest
+            yield told(top, token)
             if number + 1 < count:
-                self.go_on(likeliest)
+                self._logits = self._reader.go_on(token)
 
 
-# The mode must not outlive a step: a generator's caller runs between its steps.
-@torch.inference_mode()
-def read(model: CausalModel, ids: Sequence[int], cache: KVCache) -> Tensor:
-    """Add tokens to a cache; gives the last one's logits, float32 [vocabulary]."""
-    states = model.hidden(torch.tensor([ids], device=cache.stored.device), cache=cache)
-    return model.head(states[:, -1:])[0, 0].float()
+class EagerSteps(ReaderSteps):
+    """The same for a causal model."""
+
+    def __init__(self, model: CausalModel) -> None:
+        super().__init__(CausalReader(model))
+
+
+def told(top: Tensor, token: Tensor) -> tuple[float, int]:
+    """Bring a logit and an id, one number each, to the host: one copy, in a type that holds both exactly."""
+    found, likeliest = torch.stack((top.double().view(()), token.double().view(()))).tolist()
+    return found, int(likeliest)
+
+
+def require_finite(finite: bool, position: int) -> None:
+    """Raise NonFiniteError where the logits after so many tokens hold NaN or infinity."""
+    if not finite:
+        raise NonFiniteError(
+            f"the model's logits hold NaN or infinity at position {position}: its weights or its adapter are"
+            " damaged, or overflow in this data type; try --dtype float32."
+        )

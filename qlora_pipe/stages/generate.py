@@ -1,4 +1,4 @@
-"""Generate: continue a text with a model, and an adapter left unmerged."""
+"""Generate: continue a text with a model, or let one answer it, with an adapter left unmerged."""
 
 from collections.abc import Callable, Iterator
 
@@ -7,7 +7,7 @@ import pluggy
 from qlora_pipe.artifacts import Adapter, Checkpoint, QuantizedCheckpoint, missing_part
 from qlora_pipe.config import GenerateConfig
 from qlora_pipe.data.tokenizer import Tokenizer
-from qlora_pipe.generate import EagerSteps, generate, stream_text
+from qlora_pipe.generate import EagerSteps, generate, generate_seq2seq, stream_text
 from qlora_pipe.nn.loaded import LoadedModel
 from qlora_pipe.plugins import find_architecture
 from qlora_pipe.stages.load import choose_device, choose_dtype, load, note_slow_kernels
@@ -24,8 +24,8 @@ def continue_text(
 ) -> Iterator[str]:
     """Yield the continuation of a prompt piece by piece, the prompt left out.
 
-    The prompt is fed as it is, after the tokenizer's BOS. `note` takes sentences for the user. Raises
-    DataError where the adapter does not fit.
+    The prompt is fed as it is, after the tokenizer's BOS; an encoder-decoder model reads it as its source, which EOS
+    ends. `note` takes sentences for the user. Raises DataError where the adapter does not fit.
     """
     if (fault := missing_part(model, adapter)) is not None:
         note(fault)
@@ -46,16 +46,33 @@ def continue_text(
 
 
 def answer(loaded: LoadedModel, tokenizer: Tokenizer, prompt: str, config: GenerateConfig) -> Iterator[str]:
-    """Yield the continuation of a prompt by a loaded model."""
+    """Yield the continuation of a prompt by a loaded model, or an encoder-decoder model's answer to it."""
     ids, _ = tokenizer.encode(prompt)
     if tokenizer.bos_id is not None:
         ids = [tokenizer.bos_id, *ids]
+    stop_ids = loaded.stop_ids | {tokenizer.eos_id}
+    if loaded.architecture.kind == "seq2seq":
+        source = [*ids, tokenizer.eos_id]
+        loaded.require_ids(source)
+        yield from stream_text(
+            tokenizer,
+            generate_seq2seq(
+                loaded.seq2seq,
+                source,
+                max_new_tokens=config.max_new_tokens,
+                stop_ids=stop_ids,
+                temperature=config.temperature,
+                top_p=config.top_p,
+                seed=config.seed,
+            ),
+        )
+        return
     loaded.require_ids(ids)
     new_ids = generate(
         loaded.causal,
         ids,
         max_new_tokens=config.max_new_tokens,
-        stop_ids=loaded.stop_ids | {tokenizer.eos_id},
+        stop_ids=stop_ids,
         temperature=config.temperature,
         top_p=config.top_p,
         seed=config.seed,
