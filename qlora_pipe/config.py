@@ -157,6 +157,13 @@ class GenerateConfig:
         1.0, "Draw from the likeliest tokens that together hold this probability.", above=0, at_most=1
     )
     seed: int = setting(0, "Seed of the draws.", at_least=0, at_most=_SEEDS)
+    beams: int = setting(
+        1, "Texts followed side by side in a search for the likeliest one, which is printed as a whole.", at_least=1
+    )
+    length_penalty: float = setting(
+        1.0, "With beams: log-probabilities are divided by length to this power; above 0 favours longer texts.",
+        at_least=-10, at_most=10,
+    )  # fmt: skip
     dtype: DType = setting("auto", "Compute in this type: auto is bfloat16 on a GPU that has it, float32 on a CPU.")
     device: Device = setting("auto", "Where to compute: auto is the GPU if there is one.")
     residency: Residency = setting(

@@ -20,7 +20,7 @@ from qlora_pipe.config import GenerateConfig
 def generate(model: str, adapter: str | None, prompt: str, **settings: Any) -> None:
     """Continue a prompt with MODEL, a 4-bit store or a 16-bit checkpoint (a folder or Hub id).
 
-    Prints the continuation alone. Greedy unless --temperature is above 0.
+    Prints the continuation alone. Greedy unless --temperature is above 0 or --beams above 1.
     """
     from qlora_pipe.artifacts import Adapter, open_model
     from qlora_pipe.plugins import load_plugins

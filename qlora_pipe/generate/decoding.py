@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 
 from qlora_pipe.errors import UsageProblem
+from qlora_pipe.generate.beams import search
 from qlora_pipe.generate.graph import CapturedSteps
-from qlora_pipe.generate.readers import CausalModel, Seq2SeqReader
+from qlora_pipe.generate.readers import CausalModel, CausalReader, Reader, Seq2SeqReader
 from qlora_pipe.generate.steps import EagerSteps, ReaderSteps, Steps, require_finite, told
 from qlora_pipe.nn.cache import KVCache
 from qlora_pipe.nn.seq2seq import Seq2SeqModel
 
 # What probabilities are fractions of. In double, it and all below are exact.
 _WHOLE = 2**52
+# Powers of any length that fits into memory are numbers.
+_STEEPEST = 10
 
 
 class _Choice(NamedTuple):
@@ -25,6 +28,8 @@ class _Choice(NamedTuple):
     temperature: float
     top_p: float
     seed: int
+    beams: int
+    length_penalty: float
 
 
 def generate(
@@ -36,6 +41,8 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    beams: int = 1,
+    length_penalty: float = 1.0,
     steps: Steps | None = None,
 ) -> Iterator[int]:
     """Yield the ids that follow `ids`, until one of `stop_ids` (not yielded), max_new_tokens, or the context's end.
@@ -44,14 +51,18 @@ def generate(
     the likeliest ones that together hold a probability of top_p (nucleus sampling, arXiv 1904.09751), by a generator of
     this call's own: a seed gives the same tokens again and leaves torch's generators alone.
 
+    With several beams, so many texts are followed side by side, and the one whose log-probability divided by
+    length ** length_penalty is greatest is given once all are known (qlora_pipe/generate/beams.py).
+
     `steps` runs the model; without it `steps_of(model)` does, anew for each call. Given again for the next text, once
-    this one has ended, it saves capturing a step again.
+    this one has ended, it saves capturing a step again. Beams are run without it.
 
     The context's end is the longest sequence the model's config vouches for: `max_position_embeddings`, or what its
-    RoPE scaling makes of it. UsageProblem where `ids` is empty or leaves no room in it; ValueError where a setting
-    makes no sense or the model is in training mode; NonFiniteError as soon as the logits hold NaN or infinity.
+    RoPE scaling makes of it. UsageProblem where `ids` is empty or leaves no room in it, or where settings contradict
+    each other; ValueError where one makes no sense or the model is in training mode; NonFiniteError as soon as the
+    logits hold NaN or infinity.
     """
-    choice = _Choice(temperature, top_p, seed)
+    choice = _Choice(temperature, top_p, seed, beams, length_penalty)
     _require_sense(model, choice, max_new_tokens)
     if not ids:
         raise UsageProblem("there is nothing to continue: the prompt has no tokens, and the tokenizer adds none.")
@@ -62,6 +73,8 @@ def generate(
     room = min(max_new_tokens, model.context - len(ids))
     if room == 0:
         return iter(())
+    if beams > 1:
+        return _searched(CausalReader(model), ids, room, choice, stop_ids)
     return _followed(steps_of(model) if steps is None else steps, ids, room, choice, stop_ids)
 
 
@@ -74,19 +87,32 @@ def generate_seq2seq(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    beams: int = 1,
+    length_penalty: float = 1.0,
 ) -> Iterator[int]:
     """Yield the ids that an encoder-decoder model gives for a source, until one of `stop_ids` or max_new_tokens.
 
     Tokens are chosen as by `generate`, which says what is refused.
     """
-    choice = _Choice(temperature, top_p, seed)
+    choice = _Choice(temperature, top_p, seed, beams, length_penalty)
     _require_sense(model, choice, max_new_tokens)
     if not source_ids:
         raise UsageProblem("there is nothing to answer: the prompt has no tokens, and the tokenizer adds none.")
     if max_new_tokens == 0:
         return iter(())
     reader, begun = Seq2SeqReader(model, source_ids), [model.start_id]
+    if beams > 1:
+        return _searched(reader, begun, max_new_tokens, choice, stop_ids)
     return _followed(ReaderSteps(reader), begun, max_new_tokens, choice, stop_ids)
+
+
+def require_one_way(*, beams: int, temperature: float) -> None:
+    """Raise UsageProblem where tokens were to be drawn, and the likeliest text to be searched for as well."""
+    if beams > 1 and temperature > 0:
+        raise UsageProblem(
+            f"beams is {beams} and temperature {temperature:g}: a search for the likeliest text draws no tokens; set"
+            " temperature to 0 or beams to 1."
+        )
 
 
 def steps_of(model: CausalModel) -> Steps:
@@ -99,12 +125,25 @@ def steps_of(model: CausalModel) -> Steps:
 def _require_sense(model: CausalModel | Seq2SeqModel, choice: _Choice, max_new_tokens: int) -> None:
     if model.training:
         raise ValueError("the model is in training mode, where dropout disturbs generation; call model.eval() first.")
-    temperature, top_p, _ = choice
+    temperature, top_p, _, beams, length_penalty = choice
     if not (math.isfinite(temperature) and temperature >= 0 and 0 < top_p <= 1 and max_new_tokens >= 0):
         raise ValueError(
             f"temperature {temperature}, top_p {top_p}, max_new_tokens {max_new_tokens}: temperature and max_new_tokens"
             " must be at least 0, top_p above 0 and at most 1."
         )
+    if not (beams >= 1 and abs(length_penalty) <= _STEEPEST):
+        raise ValueError(
+            f"beams {beams}, length_penalty {length_penalty}: beams must be at least 1, length_penalty at least"
+            f" -{_STEEPEST} and at most {_STEEPEST}."
+        )
+    require_one_way(beams=beams, temperature=temperature)
+
+
+def _searched(
+    reader: Reader, ids: Sequence[int], room: int, choice: _Choice, stop_ids: Collection[int]
+) -> Iterator[int]:
+    beams, length_penalty = choice.beams, choice.length_penalty
+    return search(reader, ids, room=room, beams=beams, length_penalty=length_penalty, stop_ids=stop_ids)
 
 
 def _followed(steps: Steps, ids: Sequence[int], room: int, choice: _Choice, stop_ids: Collection[int]) -> Iterator[int]:

@@ -1,4 +1,4 @@
-"""How models of either kind read tokens, and remember them in their caches."""
+"""How models read tokens: rows of them side by side, each remembered in the model's cache."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -30,16 +30,19 @@ class CausalModel(Protocol):
 
 
 class Reader(Protocol):
-    """A model that reads a text, and then goes on from it."""
+    """A model that reads one text, and then goes on from it in several rows."""
 
-    def begin(self, ids: Sequence[int], *, room: int) -> Tensor:
+    def begin(self, ids: Sequence[int], *, room: int, rows: int = 1) -> Tensor:
         """Read a text that up to `room` tokens will follow, and forget any other.
 
-        Gives what comes next: logits, float32 [1, vocabulary], on the model's device.
+        Every row holds it then. Gives what comes next: logits, float32 [rows, vocabulary], on the model's device.
         """
 
     def go_on(self, tokens: Tensor) -> Tensor:
-        """Read one more token, int64 [1]; gives the logits of what comes next."""
+        """Read one more token in each row, int64 [rows]; gives the logits of what comes next."""
+
+    def reorder(self, rows: Tensor) -> None:
+        """Let row i go on from what row rows[i] holds, int64 [rows]."""
 
 
 # The mode must not outlive a step: a generator's caller runs between its steps.
@@ -57,15 +60,23 @@ class CausalReader:
         self._model = model
 
     @torch.inference_mode()
-    def begin(self, ids: Sequence[int], *, room: int) -> Tensor:
-        """Read the text into a cache of its own."""
+    def begin(self, ids: Sequence[int], *, room: int, rows: int = 1) -> Tensor:
+        """Read the text once, whatever the number of rows."""
         self._cache = self._model.new_cache(1, len(ids) + room)
         text = torch.tensor([ids], device=self._cache.stored.device)
-        return read(self._model, text, self._cache)
+        logits = read(self._model, text, self._cache)
+        if rows > 1:
+            self._cache.reorder(torch.zeros(rows, dtype=torch.int64, device=text.device))
+        return logits.expand(rows, -1)
 
     def go_on(self, tokens: Tensor) -> Tensor:
-        """Read one more token."""
+        """Read one more token in each row."""
         return read(self._model, tokens[:, None], self._cache)
+
+    @torch.inference_mode()
+    def reorder(self, rows: Tensor) -> None:
+        """Let row i go on from what row rows[i] holds."""
+        self._cache.reorder(rows)
 
 
 class Seq2SeqReader:
@@ -76,16 +87,21 @@ class Seq2SeqReader:
         self._source = torch.tensor([source_ids], device=_device_of(model))
 
     @torch.inference_mode()
-    def begin(self, ids: Sequence[int], *, room: int) -> Tensor:
-        """Encode the source, and let the decoder read `ids`."""
+    def begin(self, ids: Sequence[int], *, room: int, rows: int = 1) -> Tensor:
+        """Encode the source once, whatever the number of rows, and let the decoder read `ids`."""
         lengths = torch.full((1,), self._source.shape[1], device=self._source.device)
         memory = self._model.encode(self._source, lengths)
-        self._cache = self._model.new_cache(memory, lengths, capacity=len(ids) + room)
-        return self._read(torch.tensor([ids], device=self._source.device))
+        self._cache = self._model.new_cache(memory.repeat(rows, 1, 1), lengths.repeat(rows), capacity=len(ids) + room)
+        return self._read(torch.tensor([ids] * rows, device=self._source.device))
 
     def go_on(self, tokens: Tensor) -> Tensor:
-        """Read one more token."""
+        """Read one more token in each row."""
         return self._read(tokens[:, None])
+
+    @torch.inference_mode()
+    def reorder(self, rows: Tensor) -> None:
+        """Let row i go on from what row rows[i] holds."""
+        self._cache.reorder(rows)
 
     @torch.inference_mode()
     def _read(self, ids: Tensor) -> Tensor:

@@ -89,6 +89,14 @@ class KVCache:
         """Count positions as filled, after every layer has stored them."""
         self.length += positions
 
+    def reorder(self, rows: Tensor) -> None:
+        """Let row i go on from what row rows[i] holds, int64 [B]; B may be another than it was."""
+        filled = self.stored[:, :, :, :, : self.length].index_select(2, rows)
+        if filled.shape[2] != self.stored.shape[2]:
+            self.stored = self.stored.new_empty((*filled.shape[:4], self.capacity, filled.shape[5]))
+            self.keys, self.values = (part.unbind() for part in self.stored)
+        self.stored[:, :, :, :, : self.length] = filled
+
 
 class StepCache:
     """A cache for forward passes of one token that are all the same work: `position`, int64 [1], lies on the device.

@@ -7,7 +7,7 @@ import pluggy
 from qlora_pipe.artifacts import Adapter, Checkpoint, QuantizedCheckpoint, missing_part
 from qlora_pipe.config import GenerateConfig
 from qlora_pipe.data.tokenizer import Tokenizer
-from qlora_pipe.generate import EagerSteps, generate, generate_seq2seq, stream_text
+from qlora_pipe.generate import EagerSteps, generate, generate_seq2seq, require_one_way, stream_text
 from qlora_pipe.nn.loaded import LoadedModel
 from qlora_pipe.plugins import find_architecture
 from qlora_pipe.stages.load import choose_device, choose_dtype, load, note_slow_kernels
@@ -25,8 +25,10 @@ def continue_text(
     """Yield the continuation of a prompt piece by piece, the prompt left out.
 
     The prompt is fed as it is, after the tokenizer's BOS; an encoder-decoder model reads it as its source, which EOS
-    ends. `note` takes sentences for the user. Raises DataError where the adapter does not fit.
+    ends. `note` takes sentences for the user. Raises DataError where the adapter does not fit, UsageProblem where
+    settings contradict each other.
     """
+    require_one_way(beams=config.beams, temperature=config.temperature)
     if (fault := missing_part(model, adapter)) is not None:
         note(fault)
     architecture = find_architecture(manager, model.config.get("model_type"), config=model.config)
@@ -64,6 +66,8 @@ def answer(loaded: LoadedModel, tokenizer: Tokenizer, prompt: str, config: Gener
                 temperature=config.temperature,
                 top_p=config.top_p,
                 seed=config.seed,
+                beams=config.beams,
+                length_penalty=config.length_penalty,
             ),
         )
         return
@@ -76,6 +80,8 @@ def answer(loaded: LoadedModel, tokenizer: Tokenizer, prompt: str, config: Gener
         temperature=config.temperature,
         top_p=config.top_p,
         seed=config.seed,
+        beams=config.beams,
+        length_penalty=config.length_penalty,
         # A captured step knows nothing of blocks that come and go.
         steps=EagerSteps(loaded.causal) if loaded.residency.way == "streamed" else None,
     )

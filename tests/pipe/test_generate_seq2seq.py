@@ -75,7 +75,7 @@ def test_a_vanishing_top_p_takes_the_likeliest_tokens() -> None:
     assert given(model, temperature=1.5, top_p=1e-9) == given(model)
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0}, {"beams": 3}], ids=str)
 def test_a_model_whose_logits_are_not_finite_is_an_error(settings: dict[str, Any]) -> None:
     model = ToySeq2Seq()
     model.lm_head.weight[3, 3] = math.nan
@@ -107,7 +107,7 @@ def loaded(model: ToySeq2Seq) -> LoadedModel:
     return LoadedModel(model, architecture, size, {"eos_token_id": [9, 11]}, torch.float64, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "seed": 3}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "seed": 3}, {"beams": 2}], ids=str)
 def test_the_stage_reads_the_prompt_as_training_does_and_gives_the_answers_text(
     tokenizer: Tokenizer, settings: dict[str, Any]
 ) -> None:
