@@ -10,6 +10,9 @@ from qlora_pipe.rows import BadRow, Row, json_rows
 
 Role = Literal["system", "user", "assistant", "text"]
 
+SPAN_CORRUPTION = "span-corruption"
+"""The form of a text that an encoder-decoder model is to fill gaps in (qlora_pipe/data/spans.py)."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Message:

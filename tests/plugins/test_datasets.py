@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pluggy
@@ -83,6 +84,15 @@ def test_text_folder_is_one_document_per_txt_file_in_order(manager: pluggy.Plugi
         (tmp_path / name).write_text(name)
     (tmp_path / "d.txt").mkdir()
     assert [example.origin for example in _read(manager, "text", tmp_path)] == ["a.txt", "b.txt"]
+
+
+def test_span_corruption_reads_what_text_reads_and_says_what_is_to_become_of_it(
+    manager: pluggy.PluginManager, tmp_path: Path
+) -> None:
+    for name in ("b.txt", "a.txt"):
+        (tmp_path / name).write_text(name)
+    expected = [replace(example, form="span-corruption") for example in _read(manager, "text", tmp_path)]
+    assert _read(manager, "span-corruption", tmp_path) == expected
 
 
 def test_text_that_cannot_be_used_is_named(manager: pluggy.PluginManager, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from qlora_plugins.datasets import (
     oasst1,
     parquet,
     self_instruct,
+    span_corruption,
     text,
     unnatural_instructions,
 )
@@ -37,5 +38,6 @@ def register_datasets() -> list[Dataset]:
         hub.DATASET,
         jsonl.DATASET,
         parquet.DATASET,
+        span_corruption.DATASET,
         text.DATASET,
     ]
