@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from qlora_pipe.data.spans import corrupted, sentinels_of
 from qlora_pipe.data.tokenizer import Tokenizer
-from qlora_pipe.dataset import Example
+from qlora_pipe.dataset import SPAN_CORRUPTION, Example
 from qlora_pipe.errors import DataError
 
 # Changes whenever the same rows would become other samples.
@@ -83,6 +84,8 @@ def encode(example: Example, tokenizer: Tokenizer, *, max_tokens: int, start_id:
     be trained.
     """
     kinds = {message.role == "text" for message in example.messages}
+    if kinds == {True} and example.form == SPAN_CORRUPTION:
+        return _corrupted(example, tokenizer, max_tokens=max_tokens, start_id=start_id)
     if start_id is not None:
         if kinds != {False}:
             raise DataError(f"{example.origin}: a text has no answer, which is what an encoder-decoder model learns")
@@ -171,6 +174,29 @@ def _windows(example: Example, tokenizer: Tokenizer, *, max_tokens: int) -> Iter
         yield _sample(
             [head, *body], [False] + [True] * len(body), origin=f"{example.origin} window {number}", cut=False
         )
+
+
+def _corrupted(example: Example, tokenizer: Tokenizer, *, max_tokens: int, start_id: int | None) -> Iterator[Sample]:
+    """Cut a document into windows, and drop spans of each: a source, and what a decoder learns to say of it."""
+    if start_id is None:
+        raise DataError(
+            f"{example.origin}: span corruption is for encoder-decoder models, and this one is causal; take the dataset"
+            " text"
+        )
+    text = "".join(message.content for message in example.messages)
+    ids, _ = _tokenise(text, tokenizer, origin=example.origin)
+    windows = corrupted(ids, sentinels=sentinels_of(tokenizer), eos_id=tokenizer.eos_id, max_tokens=max_tokens)
+    try:
+        for number, (source, target) in enumerate(windows, start=1):
+            sample = _sample(
+                [start_id, *target],
+                [False] + [True] * len(target),
+                origin=f"{example.origin} window {number}",
+                cut=False,
+            )
+            yield replace(sample, source=np.array(source, dtype=np.int32))
+    except DataError as fault:
+        raise DataError(f"{example.origin}: {fault}") from fault
 
 
 def _tokenise(text: str, tokenizer: Tokenizer, *, origin: str) -> tuple[list[int], list[tuple[int, int]]]:

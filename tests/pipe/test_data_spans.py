@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as RawTokenizer
 
+from qlora_pipe.data.encode import encode
 from qlora_pipe.data.spans import Corrupted, corrupt, corrupted, sentinels_of, window_tokens
 from qlora_pipe.data.tokenizer import Tokenizer
+from qlora_pipe.dataset import SPAN_CORRUPTION, Example, Message
 from qlora_pipe.errors import ConfigError, DataError
 from qlora_pipe.testing import byte_tokenizer, tiny_checkpoint
 
@@ -191,3 +193,35 @@ def test_real_sentinels_are_found_and_no_text_becomes_one(shared_data: Path) -> 
     raw = RawTokenizer.from_file(str(shared_data / "tokenizers" / "t5" / "tokenizer.json"))
     full = Tokenizer(bos_id=None, eos_id=1, vocab_size=32100, digest="", inner=raw)
     assert sentinels_of(full) == SENTINELS
+
+
+def a_text(content: str) -> Example:
+    return Example(messages=(Message(role="text", content=content),), origin="tale.txt", form=SPAN_CORRUPTION)
+
+
+def test_a_text_becomes_samples_whose_sides_give_it_back(tmp_path: Path) -> None:
+    tokenizer = with_tokens(tmp_path, *(f"<extra_id_{number}>" for number in range(30)))
+    content = "Once upon a time there was a fox. " * 9
+    samples = list(encode(a_text(content), tokenizer, max_tokens=100, start_id=7))
+    assert [sample.origin for sample in samples] == [
+        f"tale.txt window {number}" for number in range(1, len(samples) + 1)
+    ]
+    assert len(samples) > 2
+    found: list[int] = []
+    for sample in samples:
+        assert sample.source is not None
+        source, ids = sample.source.tolist(), sample.ids.tolist()
+        assert (ids[0], ids[-1], source[-1]) == (7, tokenizer.eos_id, tokenizer.eos_id)
+        assert max(len(source), len(ids)) <= 100
+        assert sample.trained.tolist() == [False, *[True] * (len(ids) - 1)]
+        assert {array.dtype for array in (sample.ids, sample.source)} == {np.dtype("int32")}
+        found += rebuilt(source[:-1], ids[1:-1], sentinels_of(tokenizer))
+    assert tokenizer.decode(found) == content
+
+
+def test_a_text_whose_spans_cannot_be_dropped_is_named(tmp_path: Path) -> None:
+    tokenizer = with_tokens(tmp_path, "<extra_id_0>", "<extra_id_1>")
+    with pytest.raises(DataError, match=r"^tale\.txt: the text has less than two tokens"):
+        list(encode(a_text("x"), tokenizer, max_tokens=100, start_id=7))
+    with pytest.raises(DataError, match=r"^tale\.txt: span corruption is for encoder-decoder models"):
+        list(encode(a_text("a fox"), tokenizer, max_tokens=100))
