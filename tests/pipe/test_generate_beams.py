@@ -231,3 +231,21 @@ def test_a_caches_rows_go_on_from_any_of_them_and_keep_their_room() -> None:
         assert torch.equal(cache.keys[1], cache.stored[0, 1])
         assert torch.equal(cache.values[0], cache.stored[1, 0])
         assert cache.stored.shape == (2, 2, len(rows), 1, 5, 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize(
+    "settings", [{"beams": 4, "length_penalty": 0.5}, {"temperature": 0.8, "seed": 3}, {}], ids=str
+)
+def test_a_gpu_finds_the_texts_of_a_cpu(settings: dict[str, Any]) -> None:
+    for seed in range(3):
+        seq2seq, causal = ToySeq2Seq(seed=seed), tiny_llama(seed=seed)
+        texts = [
+            [
+                list(generate_seq2seq(seq2seq.to(device), SOURCE, max_new_tokens=20, stop_ids={1}, **settings)),
+                list(generate(causal.to(device), PROMPT, max_new_tokens=20, stop_ids={1}, **settings)),
+            ]
+            for device in ("cpu", "cuda")
+        ]
+        assert texts[0] == texts[1]

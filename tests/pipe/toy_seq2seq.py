@@ -45,7 +45,7 @@ class ToyCache:
 
     def __init__(self, source: tuple[Tensor, Tensor], there: Tensor, *, capacity: int) -> None:
         self.source, self.there, self.capacity, self.length = source, there, capacity, 0
-        self.target = [torch.zeros(len(there), 0, WIDTH, dtype=source[0].dtype) for _ in range(2)]
+        self.target = [source[0].new_zeros(len(there), 0, WIDTH) for _ in range(2)]
 
     def add(self, *parts: Tensor) -> None:
         self.target = [torch.cat(pair, 1) for pair in zip(self.target, parts, strict=True)]
@@ -113,18 +113,18 @@ class ToySeq2Seq(Seq2SeqModel):
         assert other is not None
         state = self._embedded(ids, start=start)
         cache.add(own.k(state), own.v(state))
-        causal = torch.ones(ids.shape[1], cache.length, dtype=torch.bool).tril(start)
+        causal = torch.ones(ids.shape[1], cache.length, dtype=torch.bool, device=ids.device).tril(start)
         state = state + own(state, *cache.target, causal)
         return self._after(self.decoder, state + other(state, *cache.source, cache.there))
 
     def _embedded(self, ids: Tensor, *, start: int) -> Tensor:
-        places: Tensor = self.places(torch.arange(start, start + ids.shape[1]))
+        places: Tensor = self.places(torch.arange(start, start + ids.shape[1], device=ids.device))
         embedded: Tensor = self.embedding(ids) + places
         return embedded
 
     @staticmethod
     def _there(count: int, lengths: Tensor) -> Tensor:
-        return (torch.arange(count) < lengths[:, None])[:, None]
+        return (torch.arange(count, device=lengths.device) < lengths[:, None])[:, None]
 
     @staticmethod
     def _after(block: Block, state: Tensor) -> Tensor:
