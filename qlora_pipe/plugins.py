@@ -1,19 +1,36 @@
-"""Find and load plugins: each call of load_plugins gives a fresh manager, so there is no global to restore."""
+"""What plugins bring, by name: each call of load_plugins gives a fresh manager, so there is no global to restore."""
 
-import importlib.metadata
+import contextlib
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import pluggy
 
-from qlora_pipe import hookspecs
 from qlora_pipe.architecture import Architecture
 from qlora_pipe.dataset import Dataset
 from qlora_pipe.errors import ConfigError, UsageProblem
 from qlora_pipe.exporter import Exporter
+from qlora_pipe.plugin_items import fault_of_item, listed, shown
+from qlora_pipe.plugin_loading import Plugins, built_ins_alone, install_all
+from qlora_pipe.plugin_probe import said_of
+
+__all__ = [
+    "PluginEntry",
+    "Plugins",
+    "architectures",
+    "built_ins_alone",
+    "datasets",
+    "exporters",
+    "find_architecture",
+    "find_dataset",
+    "find_exporter",
+    "list_plugins",
+    "load_plugins",
+    "plugins_of",
+]
 
 
 class _Named(Protocol):
@@ -36,131 +53,196 @@ class PluginEntry:
     help: str
 
 
-def load_plugins(*extra: object) -> pluggy.PluginManager:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Registry(Generic[T]):
+    """One kind of things that plugins bring."""
+
+    kind: str
+    hook: str
+    item: type[T]
+
+
+_ARCHITECTURES = _Registry(kind="architecture", hook="register_architectures", item=Architecture)
+_DATASETS = _Registry(kind="dataset", hook="register_datasets", item=Dataset)
+_EXPORTERS = _Registry(kind="exporter", hook="register_exporters", item=Exporter)
+_REGISTRIES: tuple[_Registry[Any], ...] = (_ARCHITECTURES, _DATASETS, _EXPORTERS)
+
+
+def load_plugins(*extra: object) -> Plugins:
     """Load every installed plugin and the given objects into a fresh manager.
 
-    Built-in plugins come through the entry points like anyone's. A plugin that raises while it is imported is named on
-    stderr and passed over; one that misspells a hook is a ConfigError. QLORA_PIPE_TRACE=1 prints each hook call.
+    An installed plugin that can't be imported, whose hooks are wrong, or whose name is another's, is named on stderr
+    and passed over; an object that was given is a ConfigError then. QLORA_PIPE_TRACE=1 prints each hook call,
+    QLORA_PIPE_PLUGINS_TIMEOUT is how many seconds a plugin's import may take.
     """
-    manager = pluggy.PluginManager(hookspecs.PROJECT)
-    manager.add_hookspecs(hookspecs)
+    plugins = _traced()
+    install_all(plugins)
+    return _with(plugins, extra)
+
+
+def plugins_of(*given: object) -> Plugins:
+    """Make a manager of the given objects alone; ConfigError where their hooks are wrong."""
+    return _with(_traced(), given)
+
+
+def _traced() -> Plugins:
+    plugins = Plugins()
     if os.environ.get("QLORA_PIPE_TRACE") == "1":
-        manager.trace.root.setwriter(lambda text: print(text, end="", file=sys.stderr))  # noqa: T201
-        manager.enable_tracing()
-    for point in sorted(importlib.metadata.entry_points(group=hookspecs.PROJECT), key=lambda p: p.name):
-        if manager.get_plugin(point.name) is not None:
-            continue
+        plugins.trace.root.setwriter(lambda text: print(text, end="", file=sys.stderr))  # noqa: T201
+        plugins.enable_tracing()
+    return plugins
+
+
+def _with(plugins: Plugins, given: tuple[object, ...]) -> Plugins:
+    for plugin in given:
+        plugins.take(plugin)
+    return plugins
+
+
+class _Brought(NamedTuple, Generic[T]):
+    """One thing, and the name of the plugin that brings it."""
+
+    plugin: str
+    item: T
+
+
+def _all_brought(manager: pluggy.PluginManager, registry: _Registry[T]) -> Iterator[_Brought[T]]:
+    """Ask each plugin by itself; what one answers wrongly is put down to it, and the others are not touched."""
+    assert isinstance(manager, Plugins), "managers are made by load_plugins and plugins_of"
+    names = {id(plugin): name for name, plugin in manager.list_name_plugin()}
+    asked = [each.plugin for each in getattr(manager.hook, registry.hook).get_hookimpls()]
+    for plugin in sorted(asked, key=lambda each: names[id(each)]):
+        name = names[id(plugin)]
+        alone = manager.subset_hook_caller(registry.hook, [each for each in asked if each is not plugin])
         try:
-            module = point.load()
+            # What a plugin prints must not get between the lines of a command's result.
+            with contextlib.redirect_stdout(sys.stderr):
+                answers = alone()
         except (Exception, SystemExit) as fault:
-            # A stranger's broken plugin must not take the others with it.
-            said = f"{type(fault).__name__}: {fault}"
-            print(f"note: plugin {point.name!r} ({point.value}) was passed over, {said}", file=sys.stderr)  # noqa: T201
+            manager.blame(name, f"failed in {registry.hook}: {said_of(fault)}")
             continue
-        manager.register(module, name=point.name)
-    for plugin in extra:
-        manager.register(plugin)
-    try:
-        manager.check_pending()
-    except pluggy.PluginValidationError as fault:
-        raise ConfigError(f"a plugin implements a hook that does not exist: {fault}. See docs/plugins.md.") from fault
-    return manager
+        # pluggy leaves out an answer that is None.
+        answer = answers[0] if answers else None
+        if not isinstance(answer, list | tuple):
+            kind = registry.item.__name__
+            manager.blame(name, f"{registry.hook} returned {shown(answer)} where a list of {kind} is asked for")
+            continue
+        for item in answer:
+            if (wrong := fault_of_item(item, registry.item)) is not None:
+                manager.blame(name, f"{registry.hook} {wrong}")
+            else:
+                yield _Brought(name, item)
 
 
-def _gather(results: Iterable[Iterable[T]], *, kind: str) -> dict[str, T]:
-    """Join what the plugins returned, refusing two things of one name."""
-    found: dict[str, T] = {}
-    # pluggy calls the last registered first; the listing should not depend on that.
-    for item in sorted((item for result in results for item in result), key=lambda item: item.name):
-        if item.name in found:
-            raise ConfigError(f"two plugins bring the {kind} {item.name!r}: uninstall one of them.")
-        found[item.name] = item
+def _by_name(manager: pluggy.PluginManager, registry: _Registry[T]) -> dict[str, list[_Brought[T]]]:
+    """What the plugins bring by its name, in the order of names; more than one of a name is one too many."""
+    found: dict[str, list[_Brought[T]]] = {}
+    for each in sorted(_all_brought(manager, registry), key=lambda each: each.item.name):
+        found.setdefault(each.item.name, []).append(each)
     return found
+
+
+def _single(manager: pluggy.PluginManager, registry: _Registry[T]) -> dict[str, T]:
+    """What can be used by its name; of two things of one name, neither, and a note says so."""
+    assert isinstance(manager, Plugins)
+    single = {}
+    for name, each in _by_name(manager, registry).items():
+        if len(each) == 1:
+            single[name] = each[0].item
+        else:
+            manager.note(f"neither can be used: {_twice(manager, each, f'bring the {registry.kind} {name!r}')}")
+    return single
+
+
+def _twice(manager: Plugins, found: list[_Brought[T]], what: str) -> str:
+    owners = " and ".join(manager.described(each.plugin) for each in found)
+    return f"two plugins {what}, {owners}: uninstall one of them."
 
 
 def architectures(manager: pluggy.PluginManager) -> dict[str, Architecture]:
     """Every model family that is installed, by its name."""
-    return _gather(manager.hook.register_architectures(), kind="architecture")
+    return _single(manager, _ARCHITECTURES)
 
 
 def datasets(manager: pluggy.PluginManager) -> dict[str, Dataset]:
     """Every dataset that is installed, by its name."""
-    return _gather(manager.hook.register_datasets(), kind="dataset")
+    return _single(manager, _DATASETS)
 
 
 def exporters(manager: pluggy.PluginManager) -> dict[str, Exporter]:
     """Every target of `export` that is installed, by its name."""
-    return _gather(manager.hook.register_exporters(), kind="exporter")
+    return _single(manager, _EXPORTERS)
 
 
 def find_architecture(
     manager: pluggy.PluginManager, model_type: object, *, config: Mapping[str, Any] | None = None
 ) -> Architecture:
-    """Find the family that reads a config's `model_type`; ConfigError lists what is installed.
+    """Find the family that reads a config's `model_type`.
 
-    With the whole config, plugins are also asked for a family made for it, where none is registered.
+    With the whole config, plugins are also asked for a family made for it, where none is registered. ConfigError lists
+    what is installed, or names two families that both read it: which one is meant would be a guess.
     """
-    known = architectures(manager)
-    for architecture in known.values():
-        if model_type in architecture.model_types:
-            return architecture
+    assert isinstance(manager, Plugins)
+    known = list(_all_brought(manager, _ARCHITECTURES))
+    found = [each for each in known if model_type in each.item.model_types]
+    if len(found) == 1:
+        return found[0].item
+    if found:
+        raise ConfigError(_twice(manager, found, f"read model_type {model_type!r}"))
     made: Architecture | None = None if config is None else manager.hook.find_architecture(config=config)
     if made is not None:
         return made
-    types = sorted(model_type for family in known.values() for model_type in family.model_types)
+    types = sorted(model_type for each in known for model_type in each.item.model_types)
     raise ConfigError(
-        f"no installed plugin reads model_type {model_type!r} (installed: {', '.join(types) or 'none'})."
-        " Install one, or write it: docs/plugins.md; qlora-pipe[transformers] trains most others."
+        f"no installed plugin reads model_type {model_type!r} (installed: {listed(types)})."
+        f" Install one, or write it: docs/plugins.md; qlora-pipe[transformers] trains most others.{manager.missing}"
     )
 
 
-def _find(known: dict[str, T], name: str, *, kind: str) -> T:
-    if name in known:
-        return known[name]
+def _find(manager: pluggy.PluginManager, registry: _Registry[T], name: str, *, kind: str) -> T:
+    assert isinstance(manager, Plugins)
+    known = _by_name(manager, registry)
+    found = known.get(name, [])
+    if len(found) == 1:
+        return found[0].item
+    if found:
+        raise ConfigError(_twice(manager, found, f"bring the {kind} {name!r}"))
     raise UsageProblem(
-        f"there is no {kind} named {name!r} (installed: {', '.join(known) or 'none'})."
-        " Install a plugin that brings it, or write it: docs/plugins.md."
+        f"there is no {kind} named {name!r} (installed: {listed(known)})."
+        f" Install a plugin that brings it, or write it: docs/plugins.md.{manager.missing}"
     )
 
 
 def find_dataset(manager: pluggy.PluginManager, name: str) -> Dataset:
     """Find a dataset by its name; UsageProblem lists what is installed."""
-    return _find(datasets(manager), name, kind="dataset")
+    return _find(manager, _DATASETS, name, kind="dataset")
 
 
 def find_exporter(manager: pluggy.PluginManager, name: str) -> Exporter:
     """Find a target of `export` by its name; UsageProblem lists what is installed."""
-    return _find(exporters(manager), name, kind="export target")
+    return _find(manager, _EXPORTERS, name, kind="export target")
 
 
 def list_plugins(manager: pluggy.PluginManager) -> list[PluginEntry]:
     """Everything the installed plugins bring, with the distribution it came in."""
-    owners = {
-        id(sys.modules.get(point.module)): point.dist
-        for point in importlib.metadata.entry_points(group=hookspecs.PROJECT)
-    }
-    entries: list[PluginEntry] = []
-    registered = (
-        ("architecture", "register_architectures"),
-        ("dataset", "register_datasets"),
-        ("exporter", "register_exporters"),
-    )
-    for plugin_name, plugin in manager.list_name_plugin():
-        owner = owners.get(id(plugin))
-        for kind, hook in registered:
-            implementation = getattr(plugin, hook, None)
-            for item in implementation() if implementation else []:
-                entries.append(_entry(item, kind=kind, plugin=plugin_name, owner=owner))
+    entries = [
+        _entry(manager, each, kind=registry.kind)
+        for registry in _REGISTRIES
+        for several in _by_name(manager, registry).values()
+        for each in several
+    ]
     return sorted(entries, key=lambda entry: (entry.kind, entry.name))
 
 
-def _entry(item: Any, *, kind: str, plugin: str, owner: importlib.metadata.Distribution | None) -> PluginEntry:
-    text = item.help if kind != "architecture" else f"reads model_type {', '.join(item.model_types)}"
+def _entry(manager: pluggy.PluginManager, brought: _Brought[Any], *, kind: str) -> PluginEntry:
+    assert isinstance(manager, Plugins)
+    item, source = brought.item, manager.sources.get(brought.plugin)
+    text = item.help if kind != "architecture" else f"reads model_type {listed(item.model_types)}"
     return PluginEntry(
         name=item.name,
         kind=kind,
-        plugin=plugin,
-        distribution=owner.name if owner else "(not installed)",
-        version=owner.version if owner else "",
+        plugin=brought.plugin,
+        distribution=source.distribution if source else "(not installed)",
+        version=source.version if source else "",
         help=text,
     )

@@ -84,7 +84,7 @@ def test_a_plugin_that_fails_to_import_is_named_and_passed_over(
     (described / "entry_points.txt").write_text("[qlora_pipe]\nbroken = qlora_broken\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert find_architecture(load_plugins(), "llama").name == "llama"
-    assert "note: plugin 'broken' (qlora_broken) was passed over" in capsys.readouterr().err
+    assert "note: plugin 'broken' of qlora-broken 1.0 was passed over: " in capsys.readouterr().err
 
 
 def test_two_plugins_of_one_name_are_refused() -> None:

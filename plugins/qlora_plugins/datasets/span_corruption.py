@@ -15,6 +15,6 @@ def example(row: Row) -> Example:
 DATASET = Dataset(
     name=SPAN_CORRUPTION,
     help="plain text with spans to fill in, T5's objective: a file, or a folder of *.txt files",
-    rows=text.rows,
+    rows=text.DATASET.rows,
     example=example,
 )
