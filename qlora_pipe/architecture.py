@@ -7,7 +7,7 @@ name. Patterns are globs over dotted names in which one `*` stands for one compo
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -69,6 +69,10 @@ class Architecture:
 
     no_float16: str | None = None
     """Why the model is not computed in float16, to stand after "because"; None where it may be."""
+
+    tiny: Mapping[str, Any] = field(default_factory=dict)
+    """A whole config.json of a small model, for tests: two blocks, hidden states of some 32 components, a vocabulary of
+    at least 259. `qlora_pipe.testing` makes checkpoints of it."""
 
     def ties_of(self, config: Mapping[str, Any], names: Collection[str]) -> Mapping[str, str]:
         """Say which parameters of a checkpoint with these tensors share another's storage."""

@@ -12,6 +12,25 @@ from qlora_pipe.nn.sizes import Sizes, tied_head
 if TYPE_CHECKING:
     from qlora_pipe.nn.decoder import DecoderConfig, DecoderModel
 
+_TINY: Mapping[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 72,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 259,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 _LINEARS = ("model.layers.*.self_attn.*_proj", "model.layers.*.mlp.*_proj")
 
 
@@ -59,5 +78,6 @@ def register_architectures() -> list[Architecture]:
             adapt=_LINEARS,
             packs=True,
             ties=tied_head,
+            tiny=_TINY,
         )
     ]

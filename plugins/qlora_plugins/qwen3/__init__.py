@@ -82,5 +82,6 @@ def register_architectures() -> list[Architecture]:
             adapt=_LINEARS,
             packs=True,
             ties=tied_head,
+            tiny=TINY,
         )
     ]
