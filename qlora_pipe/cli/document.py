@@ -36,6 +36,9 @@ def cli_page() -> str:
         assert command is not None
         context = click.Context(command, info_name=name, parent=root, terminal_width=_WIDTH)
         parts.append(f"## qlora-pipe {name}\n\n{_help(context)}")
+        for inner, sub in command.commands.items() if isinstance(command, click.Group) else ():
+            below = click.Context(sub, info_name=inner, parent=context, terminal_width=_WIDTH)
+            parts.append(f"## qlora-pipe {name} {inner}\n\n{_help(below)}")
     return "\n".join(parts)
 
 

@@ -2,3 +2,7 @@
 
 The examples are modules like any other, with their tests beside them; docs/plugins.md shows them.
 """
+
+from typing import Literal
+
+Kind = Literal["architecture", "dataset", "exporter"]
