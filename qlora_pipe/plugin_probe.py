@@ -90,6 +90,7 @@ def answer(fd: str, name: str, value: str, group: str) -> None:
 
 def said_of(fault: BaseException) -> str:
     """Say in one line what was raised."""
-    text = " ".join(f"{type(fault).__name__}: {fault}".split())
+    words = f"{fault}".split()
+    text = " ".join([f"{type(fault).__name__}:", *words]) if words else type(fault).__name__
     shown = "".join(mark if mark.isprintable() else "?" for mark in text)
     return shown if len(shown) <= _LONGEST_REASON else f"{shown[: _LONGEST_REASON - 3]}..."

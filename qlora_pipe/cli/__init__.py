@@ -35,12 +35,18 @@ class Commands(click.Group):
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="qlora-pipe", prog_name="qlora-pipe")
-def qlora_pipe() -> None:
+@click.option("--no-plugins", is_flag=True, help="Leave out all plugins but those that come with qlora-pipe.")
+@click.pass_context
+def qlora_pipe(context: click.Context, no_plugins: bool) -> None:
     """Fine-tune a large language model on one GPU, or on a CPU.
 
     quantize a checkpoint to 4 bits, finetune a LoRA adapter on it, merge the two, generate, and export. Models and
     adapters are folders or Hub ids (user/name[@revision]). QLORA_PIPE_DEBUG=1 shows tracebacks.
     """
+    if no_plugins:
+        from qlora_pipe.plugins import built_ins_alone
+
+        context.with_resource(built_ins_alone())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
