@@ -1,6 +1,7 @@
 """Write what the code knows of itself: docs/cli.md, docs/config.md, and the tables of README.md.
 
-`python -m qlora_pipe.cli.document docs` writes them all; README.md is the one beside the folder.
+`python -m qlora_pipe.cli.document docs` writes them all; README.md is the one beside the folder. The examples in
+docs/plugins.md are the files that `plugins new` writes, and are put there, too.
 """
 
 import dataclasses
@@ -16,12 +17,14 @@ from qlora_pipe.cli import COMMANDS, qlora_pipe
 from qlora_pipe.cli.options import describe_setting
 from qlora_pipe.config import ExportConfig, FinetuneConfig, GenerateConfig, MergeConfig, QuantizeConfig
 from qlora_pipe.plugins import list_plugins, load_plugins
+from qlora_pipe.skeleton.writing import EXAMPLES, plugin_files
 
 CONFIGS = (QuantizeConfig, FinetuneConfig, MergeConfig, GenerateConfig, ExportConfig)
 DISTRIBUTION = "qlora-pipe"
 _WIDTH = 100
 _BEGIN, _END = "<!-- made by `make docs` -->\n", "<!-- end of what is made -->\n"
 _KINDS = {"architecture": "model family", "exporter": "export target"}
+_BLOCK = re.compile(r"^```(\w+)\n# (\S+)\n.*?^```$", re.MULTILINE | re.DOTALL)
 
 
 def cli_page() -> str:
@@ -84,8 +87,25 @@ def with_tables(readme: str) -> str:
     return f"{before}{begin}\n{plugin_tables()}\n{end}{after}"
 
 
+def plugins_page(page: str) -> str:
+    """The page with the files of new plugins as they are now: in the blocks that begin with their paths, `# PATH`."""
+    files = {
+        f"{example.word}/{path}": text
+        for kind, example in EXAMPLES.items()
+        for path, text in plugin_files(example.word, kind=kind).items()
+    }
+
+    def current(block: re.Match[str]) -> str:
+        language, path = block.groups()
+        return f"```{language}\n# {path}\n{files[path]}```" if path in files else block.group()
+
+    return _BLOCK.sub(current, page)
+
+
 def write_pages(folder: Path) -> None:
-    """Write both pages into a folder, and the tables into the README beside it."""
+    """Write the pages of a folder that are made from the code, and the tables into the README beside it."""
+    plugins = folder / "plugins.md"
+    write_file(plugins, plugins_page(plugins.read_text(encoding="utf-8")).encode())
     write_file(folder / "cli.md", cli_page().encode())
     write_file(folder / "config.md", config_page().encode())
     readme = folder.parent / "README.md"

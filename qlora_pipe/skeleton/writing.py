@@ -110,7 +110,7 @@ def _readme(name: str, example: _Example) -> str:
     return f"""\
 # {_PREFIX}-{name}
 
-The {example.what} `{name}` for [{_PREFIX}](https://pypi.org/project/{_PREFIX}/).
+The {example.what} `{name}` for {_PREFIX}.
 
 ```console
 $ pip install -e '.[test]'

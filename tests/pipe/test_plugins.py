@@ -1,46 +1,35 @@
 """Plugins: found, listed, refused and called; the examples of docs/plugins.md are run as they stand there."""
 
-import dataclasses
 import json
-import re
 import sys
-import types
+import tarfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from qlora_pipe.architecture import Architecture
 from qlora_pipe.artifacts import Adapter, Checkpoint, QuantizedCheckpoint
+from qlora_pipe.cli.document import plugins_page
 from qlora_pipe.config import ExportConfig, FinetuneConfig, MergeConfig, QuantizeConfig
 from qlora_pipe.dataset import Dataset
 from qlora_pipe.errors import ConfigError, DataError, UsageProblem
 from qlora_pipe.exporter import Exporter
 from qlora_pipe.hookspecs import hookimpl
 from qlora_pipe.plugins import architectures, find_architecture, find_dataset, find_exporter, list_plugins, load_plugins
+from qlora_pipe.skeleton import riddles, tarball, toy
 from qlora_pipe.stages.finetune import finetune
 from qlora_pipe.stages.load import load
 from qlora_pipe.stages.merge import merge
 from qlora_pipe.stages.quantize import quantize
-from qlora_pipe.testing import byte_tokenizer
+from qlora_pipe.testing import TOY, RunCli, tiny_checkpoint
 from qlora_pipe.train.request import FinetuneRequest
+from tests.pipe.documented import PAGE, example
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "plugins.md"
-
-
-def example(name: str) -> types.ModuleType:
-    """Run the block of docs/plugins.md that begins with `# NAME.py`."""
-    blocks = re.findall(r"^( *)```python\n(.*?)^ *```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
-    for indent, code in blocks:
-        text = re.sub(f"^{indent}", "", code, flags=re.MULTILINE)
-        if text.startswith(f"# {name}.py\n"):
-            module = types.ModuleType(name)
-            exec(compile(text, f"docs/plugins.md:{name}", "exec"), module.__dict__)
-            return module
-    raise AssertionError(f"docs/plugins.md has no example {name}")
+pytest_plugins = ["qlora_pipe.testing.fixtures"]
 
 
 def test_the_built_in_plugins_come_through_the_entry_points() -> None:
@@ -71,22 +60,6 @@ def test_a_misspelt_hook_is_an_error() -> None:
         load_plugins(Misspelt())
 
 
-@pytest.mark.parametrize(
-    "code", ["raise RuntimeError('no driver')", "import sys; sys.exit(3)", "import no_such_module", "def broken(:"]
-)
-def test_a_plugin_that_fails_to_import_is_named_and_passed_over(
-    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "qlora_broken.py").write_text(code)
-    described = tmp_path / "qlora_broken-1.0.dist-info"
-    described.mkdir()
-    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: qlora-broken\nVersion: 1.0\n")
-    (described / "entry_points.txt").write_text("[qlora_pipe]\nbroken = qlora_broken\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert find_architecture(load_plugins(), "llama").name == "llama"
-    assert "note: plugin 'broken' of qlora-broken 1.0 was passed over: " in capsys.readouterr().err
-
-
 def test_two_plugins_of_one_name_are_refused() -> None:
     class Twin:
         @hookimpl
@@ -106,7 +79,7 @@ def test_an_unknown_model_type_is_answered_with_the_installed_ones() -> None:
 
 
 def test_a_family_is_made_for_a_config_that_nobody_registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "qlora_toy", example("qlora_toy"))
+    monkeypatch.setitem(sys.modules, "qlora_pipe_toy", toy)
     manager = load_plugins(example("qlora_toys"))
     config = {"model_type": "toy-wide", "hidden_size": 8, "vocab_size": 11, "num_hidden_layers": 2}
     assert find_architecture(manager, "toy-wide", config=config).name == "toy-wide"
@@ -118,57 +91,62 @@ def test_the_first_answer_about_a_config_is_taken_and_registered_families_come_b
     class Greedy:
         @hookimpl
         def find_architecture(self, config: Mapping[str, Any]) -> Architecture:
-            return dataclasses.replace(architectures(load_plugins())["llama"], name=f"made of {config['model_type']}")
+            return replace(architectures(load_plugins())["llama"], name=f"made of {config['model_type']}")
 
     manager = load_plugins(Greedy())
     assert find_architecture(manager, "x", config={"model_type": "x"}).name == "made of x"
     assert find_architecture(manager, "llama", config={"model_type": "llama"}).name == "llama"
 
 
+def test_the_documented_files_are_those_that_a_new_plugin_has() -> None:
+    page = PAGE.read_text()
+    assert plugins_page(page) == page, "run `make docs`"
+    for shown in ("toy/qlora_pipe_toy/model.py", "riddles/pyproject.toml", "tarball/qlora_pipe_tarball/__init__.py"):
+        assert plugins_page(page.replace(f"# {shown}\n", f"# {shown}\nold ")) == page
+
+
+def test_the_documented_command_writes_what_the_page_says(
+    run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = "qlora-pipe plugins new riddles --kind dataset"
+    done = run_cli(*command.split()[1:])
+    assert f"$ {command}\n{done.stdout}```" in PAGE.read_text()
+
+
 def test_the_documented_dataset_reads_its_file(tmp_path: Path) -> None:
-    manager = load_plugins(example("qlora_riddles"))
+    manager = load_plugins(riddles)
     file = tmp_path / "riddles.jsonl"
-    file.write_text('{"riddle": "What has keys and opens nothing? A piano"}\n{"riddle": "No question here"}\n')
+    file.write_text('{"question": "What has keys?", "answer": "A piano"}\n{"question": "None", "answer": "x"}\n')
     rows = find_dataset(manager, "riddles").read(file)
-    assert [message.content for message in next(rows).messages] == ["What has keys and opens nothing?", " A piano"]
-    with pytest.raises(DataError, match=r'riddles.jsonl:2: field "riddle" has no question mark'):
+    assert [message.content for message in next(rows).messages] == ["What has keys? ", "A piano"]
+    with pytest.raises(DataError, match=r'riddles.jsonl:2: field "question" has no question mark'):
         next(rows)
-
-
-def test_the_documented_architecture_builds_and_runs() -> None:
-    architecture = find_architecture(load_plugins(example("qlora_toy")), "toy")
-    assert isinstance(architecture, Architecture)
-    module = architecture.build({"hidden_size": 8, "vocab_size": 11, "num_hidden_layers": 2})
-    assert module(torch.tensor([[1, 2, 3]])).shape == (1, 3, 11)
 
 
 @pytest.fixture
 def toy_checkpoint(tmp_path: Path) -> Path:
     """A checkpoint of the documented architecture, beside a text to train on."""
-    source, size, layers = tmp_path / "source", 32, 2
-    torch.manual_seed(0)
-    shapes = {"embed_tokens.weight": (260, size), "lm_head.weight": (260, size)}
-    shapes |= {f"layers.{layer}.mix.weight": (size, size) for layer in range(layers)}
-    weights = {name: torch.randn(shape) * 0.1 for name, shape in shapes.items()}
-    source.mkdir()
-    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
-    byte_tokenizer().save(str(source / "tokenizer.json"))
-    config = {"model_type": "toy", "hidden_size": size, "vocab_size": 260, "num_hidden_layers": layers}
-    (source / "config.json").write_text(json.dumps(config | {"eos_token_id": 2}))
     (tmp_path / "text.txt").write_text("to be or not to be that is the question " * 20)
-    return source
+    return tiny_checkpoint(tmp_path / "source", family=TOY)
 
 
 def test_an_architecture_that_cannot_pack_refuses_to_before_anything_is_read(toy_checkpoint: Path) -> None:
     out = toy_checkpoint.parent / "run"
     request = FinetuneRequest(base=str(toy_checkpoint), data="text:nowhere", out=out, config=FinetuneConfig(pack=True))
+
+    class Packless:
+        @hookimpl
+        def register_architectures(self) -> list[Architecture]:
+            return [replace(TOY, packs=False)]
+
     with pytest.raises(ConfigError, match="models of the family toy cannot be trained with --pack; leave it out"):
-        finetune(request, manager=load_plugins(example("qlora_toy")))
+        finetune(request, manager=load_plugins(Packless()))
     assert not out.exists()
 
 
 def test_the_documented_architecture_goes_through_the_whole_chain(toy_checkpoint: Path, tmp_path: Path) -> None:
-    manager, source = load_plugins(example("qlora_toy")), toy_checkpoint
+    manager, source = load_plugins(toy), toy_checkpoint
     quantize(Checkpoint.open(source), tmp_path / "store", QuantizeConfig(), manager=manager)
     settings = FinetuneConfig(steps=30, batch_size=4, rank=4, learning_rate=0.1, max_tokens=32, max_grad_norm=0)
     request = FinetuneRequest(
@@ -187,10 +165,13 @@ def test_the_documented_architecture_goes_through_the_whole_chain(toy_checkpoint
 
 
 def test_the_documented_exporter_writes_its_archive(tmp_path: Path) -> None:
-    exporter = find_exporter(load_plugins(example("qlora_archive")), "archive")
-    assert isinstance(exporter, Exporter)
+    exporter = find_exporter(load_plugins(tarball), "tarball")
     (tmp_path / "model").mkdir()
-    assert Path(exporter.push(tmp_path / "model", ExportConfig(to="archive"))).is_file()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    where = exporter.push(tmp_path / "model", ExportConfig(to="tarball"))
+    assert where == str(tmp_path / "model.tar")
+    with tarfile.open(where) as file:
+        assert "model/config.json" in file.getnames()
 
 
 def test_the_documented_choice_of_precision_keeps_the_first_layer() -> None:
