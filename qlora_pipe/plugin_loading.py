@@ -11,6 +11,7 @@ import io
 import math
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextvars import ContextVar
 from importlib.metadata import EntryPoint
@@ -23,6 +24,7 @@ from qlora_pipe.errors import ConfigError
 from qlora_pipe.plugin_probe import probe, said_of
 
 _BUILT_IN = "qlora_plugins"
+_OURS = ("qlora_pipe", "qlora_formats", "qlora_kernels", _BUILT_IN)
 _SECONDS = 20.0
 _LONGEST_PRINT = 60
 _built_ins_alone: ContextVar[bool] = ContextVar("built_ins_alone", default=False)
@@ -49,7 +51,7 @@ class Source(NamedTuple):
     def of(cls, point: EntryPoint) -> "Source":
         """Say which distribution an entry point belongs to."""
         owner = point.dist
-        built_in = point.module.partition(".")[0] == _BUILT_IN
+        built_in = _package(point.module) == _BUILT_IN
         return cls(owner.name, owner.version, built_in) if owner else cls("(unknown)", "", built_in)
 
     def __str__(self) -> str:
@@ -171,6 +173,25 @@ def install_all(plugins: Plugins) -> None:
             plugins.pass_over(point.name, Source.of(point), fault)
         else:
             plugins.install(point)
+
+
+def culprit(fault: BaseException) -> str | None:
+    """Name the stranger's plugin whose code raised an error, or called what did; None where it was ours."""
+    points = importlib.metadata.entry_points(group=hookspecs.PROJECT)
+    strangers = {_package(point.module): point for point in points if not Source.of(point).built_in}
+    frames = [frame for frame, _ in traceback.walk_tb(fault.__traceback__)]
+    for frame in reversed(frames):
+        package = _package(frame.f_globals.get("__name__", ""))
+        if package in strangers:
+            point = strangers[package]
+            return _named(point.name, Source.of(point))
+        if package in _OURS:
+            return None
+    return None
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def _timeout() -> float:

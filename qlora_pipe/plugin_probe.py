@@ -6,6 +6,7 @@ thrown away. A plugin that came through is then imported for good by whoever ask
 """
 
 import json
+import math
 import os
 import selectors
 import signal
@@ -17,7 +18,7 @@ from contextlib import ExitStack, suppress
 from importlib.metadata import EntryPoint
 
 # Where modules are found is told by the caller: its path may have been changed since it began.
-_BOOT = "import sys; sys.path[:] = sys.argv[5:]; from qlora_pipe.plugin_probe import answer; answer(*sys.argv[1:5])"
+_BOOT = "import sys; sys.path[:] = sys.argv[6:]; from qlora_pipe.plugin_probe import answer; answer(*sys.argv[1:6])"
 _LONGEST_REASON = 300
 _MOST_ANSWER = 1 << 16
 
@@ -26,21 +27,23 @@ def probe(points: Sequence[EntryPoint], *, seconds: float) -> dict[EntryPoint, s
     """Import each entry point in a process of its own: why it can't be imported here, or None where it can."""
     deadline = time.monotonic() + seconds
     with ExitStack() as stack:
-        trials = {point: stack.enter_context(_Trial(point)) for point in points}
-        return {point: trial.verdict(deadline, seconds) for point, trial in trials.items()}
+        trials = {point: stack.enter_context(_Trial(point, seconds)) for point in points}
+        return {point: trial.verdict(deadline) for point, trial in trials.items()}
 
 
 class _Trial:
     """One plugin's process; it and whatever it started are gone when the block is left."""
 
-    def __init__(self, point: EntryPoint) -> None:
-        self._point = point
+    def __init__(self, point: EntryPoint, seconds: float) -> None:
+        self._point, self._seconds = point, seconds
 
     def __enter__(self) -> "_Trial":
         self._read, write = os.pipe()
         os.set_blocking(self._read, False)
         point = self._point
-        order = [str(write), point.name, point.value, point.group, *sys.path]
+        # Nobody is left to end it where this process is killed.
+        at_last = str(math.ceil(self._seconds) + 1)
+        order = [at_last, str(write), point.name, point.value, point.group, *sys.path]
         self._process = subprocess.Popen(
             [sys.executable, "-c", _BOOT, *order],
             stdin=subprocess.DEVNULL,
@@ -60,12 +63,12 @@ class _Trial:
         os.close(self._read)
         self._process.wait()
 
-    def verdict(self, deadline: float, seconds: float) -> str | None:
+    def verdict(self, deadline: float) -> str | None:
         """Wait for the answer, or for the end without one."""
         with selectors.DefaultSelector() as waiting:
             waiting.register(self._read, selectors.EVENT_READ)
             if not waiting.select(max(0.0, deadline - time.monotonic())):
-                return f"its import took more than {seconds:g} s (QLORA_PIPE_PLUGINS_TIMEOUT allows more)"
+                return f"its import took more than {self._seconds:g} s (QLORA_PIPE_PLUGINS_TIMEOUT allows more)"
         said = os.read(self._read, _MOST_ANSWER)
         if said:
             fault: str | None = json.loads(said)
@@ -75,8 +78,12 @@ class _Trial:
         return f"its import ended the process ({how})"
 
 
-def answer(fd: str, name: str, value: str, group: str) -> None:
-    """Import one entry point, in the process that was made for it, and say through `fd` how that went."""
+def answer(at_last: str, fd: str, name: str, value: str, group: str) -> None:
+    """Import one entry point, in the process that was made for it, and say through `fd` how that went.
+
+    After `at_last` seconds the process ends, whether anyone waits for it or not.
+    """
+    signal.alarm(int(at_last))
     try:
         EntryPoint(name=name, value=value, group=group).load()
         fault = None

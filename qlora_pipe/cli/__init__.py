@@ -90,5 +90,13 @@ def explain(fault: Exception) -> tuple[int, str]:
         return 74, f"the system refused: {fault}."
     if isinstance(fault, MemoryError):
         return 70, "there is not enough memory; lower --batch-size or --max-tokens."
+    # Imported where it is needed: no command waits for it that ends well.
+    from qlora_pipe.plugin_loading import culprit
+
     kind = type(fault).__name__
+    if (plugin := culprit(fault)) is not None:
+        return 70, (
+            f"{plugin} failed ({kind}: {fault}). QLORA_PIPE_DEBUG=1 shows where; tell its author, or go on without it:"
+            " --no-plugins."
+        )
     return 70, f"a bug of ours ({kind}: {fault}). Run again with QLORA_PIPE_DEBUG=1 and report what it prints."

@@ -220,6 +220,29 @@ class Brings:
         return [item for item in self.items if isinstance(item, Dataset)]
 
 
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [("row.fields['nothing']", "KeyError: 'nothing'"), ("__import__('json').loads(3)", "TypeError: the JSON object")],
+)
+def test_an_error_in_a_strangers_function_is_put_down_to_it(
+    body: str, reason: str, strangers: Strangers, run_cli: RunCli, tmp_path: Path
+) -> None:
+    strangers.install(DATASET.format(name="mine").replace("return ()", f"return {body}"))
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    base = tiny_checkpoint(tmp_path / "source")
+    words = ("finetune", base, "--data", f"mine:{tmp_path / 'rows.jsonl'}", "--out", tmp_path / "run")
+    done = run_cli(*words)
+    assert done.exit_code == 70
+    assert f"error: plugin 'broken' of qlora-broken 1.0 failed ({reason}" in done.stderr
+    assert "tell its author, or go on without it: --no-plugins" in done.stderr
+
+
+def test_an_error_of_ours_is_not_put_down_to_a_plugin(strangers: Strangers, run_cli: RunCli, monkeypatch: Any) -> None:
+    strangers.install(DATASET.format(name="mine"))
+    monkeypatch.setattr("qlora_pipe.cli.plugins.list_plugins", lambda _: 1 // 0)
+    assert "a bug of ours (ZeroDivisionError" in run_cli("plugins").stderr
+
+
 def test_two_families_that_read_one_model_type_are_refused_for_it() -> None:
     manager = load_plugins(Brings(replace(TOY, model_types=("toy", "llama"))))
     assert find_architecture(manager, "toy").name == "toy"

@@ -185,6 +185,13 @@ def test_the_documented_logger_hears_of_steps(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out == "3 1.5\n"
 
 
+def test_hook_calls_are_printed_on_demand(run_cli: RunCli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLORA_PIPE_TRACE", "1")
+    done = run_cli("plugins")
+    assert "register_datasets [hook]" in done.stderr
+    assert "[hook]" not in done.stdout
+
+
 def test_a_logger_may_take_no_argument() -> None:
     calls = []
 
