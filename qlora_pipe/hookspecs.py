@@ -10,6 +10,7 @@ from typing import Any
 import pluggy
 
 from qlora_pipe.architecture import Architecture
+from qlora_pipe.chat_template import ChatTemplate
 from qlora_pipe.dataset import Dataset
 from qlora_pipe.exporter import Exporter
 
@@ -34,6 +35,11 @@ def find_architecture(config: Mapping[str, Any]) -> Architecture | None:
 @hookspec
 def register_datasets() -> list[Dataset]:  # type: ignore[empty-body]
     """Return named sources of examples; called at the first look-up of a dataset."""
+
+
+@hookspec
+def register_chat_templates() -> list[ChatTemplate]:  # type: ignore[empty-body]
+    """Return named forms of conversations; called at the first look-up of a template."""
 
 
 @hookspec

@@ -10,6 +10,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import pluggy
 
 from qlora_pipe.architecture import Architecture
+from qlora_pipe.chat_template import ChatTemplate
 from qlora_pipe.dataset import Dataset
 from qlora_pipe.errors import ConfigError, UsageProblem
 from qlora_pipe.exporter import Exporter
@@ -40,6 +41,9 @@ class _Named(Protocol):
 
 T = TypeVar("T", bound=_Named)
 
+RESERVED_TEMPLATES = ("auto", "checkpoint")
+"""What `--template` takes besides names."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PluginEntry:
@@ -64,8 +68,9 @@ class _Registry(Generic[T]):
 
 _ARCHITECTURES = _Registry(kind="architecture", hook="register_architectures", item=Architecture)
 _DATASETS = _Registry(kind="dataset", hook="register_datasets", item=Dataset)
+_CHAT_TEMPLATES = _Registry(kind="chat template", hook="register_chat_templates", item=ChatTemplate)
 _EXPORTERS = _Registry(kind="exporter", hook="register_exporters", item=Exporter)
-_REGISTRIES: tuple[_Registry[Any], ...] = (_ARCHITECTURES, _DATASETS, _EXPORTERS)
+_REGISTRIES: tuple[_Registry[Any], ...] = (_ARCHITECTURES, _DATASETS, _CHAT_TEMPLATES, _EXPORTERS)
 
 
 def load_plugins(*extra: object) -> Plugins:
@@ -167,6 +172,15 @@ def architectures(manager: pluggy.PluginManager) -> dict[str, Architecture]:
 def datasets(manager: pluggy.PluginManager) -> dict[str, Dataset]:
     """Every dataset that is installed, by its name."""
     return _single(manager, _DATASETS)
+
+
+def chat_templates(manager: pluggy.PluginManager) -> dict[str, ChatTemplate]:
+    """Every chat template that is installed, by its name."""
+    found = _single(manager, _CHAT_TEMPLATES)
+    for name in found:
+        if name in RESERVED_TEMPLATES or name.endswith(".jinja"):
+            raise ConfigError(f"a plugin brings a chat template named {name!r}, which --template reads otherwise.")
+    return found
 
 
 def exporters(manager: pluggy.PluginManager) -> dict[str, Exporter]:
