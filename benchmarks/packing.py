@@ -20,6 +20,7 @@ from qlora_pipe.config import FinetuneConfig
 from qlora_pipe.data.batches import Batch, Stream
 from qlora_pipe.data.encode import Encoder, Sample
 from qlora_pipe.data.samples import load_samples
+from qlora_pipe.data.templates import Templates
 from qlora_pipe.data.tokenizer import Tokenizer
 from qlora_pipe.nn.loaded import LoadedModel
 from qlora_pipe.plugins import find_architecture, load_plugins
@@ -87,8 +88,11 @@ def runner(steps: BlockwisePass, batches: Sequence[Batch]) -> Callable[[], None]
     return run
 
 
-def measure(spec: str, tokenizer: Tokenizer, *, max_tokens: int, copies: int, rounds: int) -> dict[str, object]:
-    found = load_samples(spec, encoder=Encoder(tokenizer=tokenizer, max_tokens=1 << 20), manager=load_plugins()).samples
+def measure(spec: str, folder: Path, *, max_tokens: int, copies: int, rounds: int) -> dict[str, object]:
+    tokenizer, manager = Tokenizer.open(folder), load_plugins()
+    templates = Templates.open(folder, tokenizer, choice="guanaco", manager=manager)
+    encoder = Encoder(tokenizer=tokenizer, max_tokens=1 << 20, templates=templates)
+    found = load_samples(spec, encoder=encoder, manager=manager).samples
     lengths = [min(len(sample.ids), max_tokens) for sample in found] * copies
     samples = samples_of(lengths)
     apart, packed = Stream(samples, seed=0), Stream(samples, seed=0, row_tokens=max_tokens)
@@ -124,9 +128,8 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    tokenizer = Tokenizer.open(options.tokenizer)
     rows = [
-        measure(spec, tokenizer, max_tokens=options.max_tokens, copies=options.copies, rounds=options.rounds)
+        measure(spec, options.tokenizer, max_tokens=options.max_tokens, copies=options.copies, rounds=options.rounds)
         for spec in options.data
     ]
     publish("packing", rows=rows, peers=())

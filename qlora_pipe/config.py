@@ -99,6 +99,14 @@ class FinetuneConfig:
     on_bad_row: Literal["fail", "skip"] = setting(
         "fail", "What to do at a row that can't be used: end, or keep it in OUT/quarantine.jsonl and go on."
     )
+    template: str = setting(
+        "auto",
+        "Chat template: auto (the form that rows are written for, else the checkpoint's own, else guanaco), checkpoint,"
+        " a name that `qlora-pipe plugins` lists, or a file that ends in .jinja.",
+    )
+    train_on: Literal["answers", "all", "last"] = setting(
+        "answers", "What of a conversation is trained: every answer, all of it, or the last answer."
+    )
     held_out: float = setting(0.1, "Share of the samples kept for evaluation.", at_least=0, below=1)
     eval_data: str | None = setting(None, "Data to evaluate on, NAME:PATH, in place of a held-out share.")
     eval_split: str | None = setting(
@@ -151,6 +159,13 @@ class MergeConfig:
 class GenerateConfig:
     """Settings of `generate`."""
 
+    chat: bool = setting(False, "Ask the prompt as a user's turn, through the chat template.")
+    template: str = setting(
+        "auto",
+        "Chat template: auto (the adapter's or the checkpoint's own, else guanaco), checkpoint, a name that"
+        " `qlora-pipe plugins` lists, or a file that ends in .jinja.",
+    )
+    system: str | None = setting(None, "What the system says before a conversation.")
     max_new_tokens: int = setting(128, "Most tokens to generate.", at_least=1)
     temperature: float = setting(0.0, "0 takes the likeliest token each time; above, tokens are drawn.", at_least=0)
     top_p: float = setting(

@@ -14,7 +14,8 @@ from qlora_pipe.config import GenerateConfig
 @click.option(
     "--prompt",
     required=True,
-    help="Text to continue, after the tokenizer's BOS, or for an encoder-decoder to answer; fed as it is.",
+    help="Text to continue after the tokenizer's BOS, or for an encoder-decoder to answer, fed as it is; with --chat,"
+    " what a user says.",
 )
 @options_of(GenerateConfig)
 def generate(model: str, adapter: str | None, prompt: str, **settings: Any) -> None:

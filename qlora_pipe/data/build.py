@@ -41,8 +41,6 @@ class SampleStats:
     """Rows that gave samples, or none and no fault either."""
     bad: int = 0
     """Rows that can't be used."""
-    chats: int = 0
-    """Rows that are conversations, whose turns were given markers."""
     samples: int = 0
     cut: int = 0
     """Samples that were longer than allowed."""
@@ -66,7 +64,7 @@ class Build:
         """Write samples and bad rows; DataError for the first of these unless they are to be skipped."""
         writer, stats = SampleWriter(records, index), SampleStats()
         for batch in self._batches():
-            samples, bad, rows, chats = self._encoded(batch)
+            samples, bad, rows = self._encoded(batch)
             if bad and self.on_bad_row == "fail":
                 raise DataError(bad[0].reason)
             writer.write(samples)
@@ -75,7 +73,6 @@ class Build:
                 stats,
                 rows=stats.rows + rows,
                 bad=stats.bad + len(bad),
-                chats=stats.chats + chats,
                 samples=stats.samples + len(samples),
                 cut=stats.cut + sum(sample.cut for sample in samples),
                 tokens=stats.tokens + sum(len(sample.ids) for sample in samples),
@@ -103,10 +100,8 @@ class Build:
         if batch:
             yield batch
 
-    def _encoded(
-        self, batch: Sequence[tuple[Row, list[Example]] | BadRow]
-    ) -> tuple[list[Sample], list[BadRow], int, int]:
-        """The samples of a batch, its bad rows, and how many rows and conversations the others are.
+    def _encoded(self, batch: Sequence[tuple[Row, list[Example]] | BadRow]) -> tuple[list[Sample], list[BadRow], int]:
+        """The samples of a batch, its bad rows, and how many rows the others are.
 
         A row of several examples is bad if one of them is.
         """
@@ -114,7 +109,7 @@ class Build:
         encoded = iter(self.encoder.encode(examples))
         samples: list[Sample] = []
         bad: list[BadRow] = []
-        rows = chats = 0
+        rows = 0
         for item in batch:
             if isinstance(item, BadRow):
                 bad.append(item)
@@ -127,8 +122,7 @@ class Build:
                 continue
             samples += [sample for each in found if not isinstance(each, DataError) for sample in each]
             rows += 1
-            chats += any(example.form is None and example.messages[0].role != "text" for example in its_examples)
-        return samples, bad, rows, chats
+        return samples, bad, rows
 
 
 def quarantine_line(bad: BadRow) -> bytes:

@@ -50,6 +50,11 @@ class DataSource:
             except DataError as fault:
                 yield BadRow(reason=str(fault), raw=row.raw)
 
+    def first_example(self) -> Example | None:
+        """Give the first example that can be used, None where there is none: it shows what form the rows are in."""
+        found = (example for each in self.read() if not isinstance(each, BadRow) for example in each[1])
+        return next(found, None)
+
     def _rows(self) -> Iterator[Row | BadRow]:
         if not self.names:
             yield from self.dataset.rows(self.path)

@@ -1,4 +1,4 @@
-"""A checkpoint's own tokenizer, read from tokenizer.json, and the two control tokens that training needs of it."""
+"""A checkpoint's own tokenizer, and the control tokens that training needs of it."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,10 +11,12 @@ import tokenizers
 
 from qlora_formats.errors import FormatError
 from qlora_formats.strict_json import read_object
-from qlora_pipe.errors import ConfigError, DataError, MissingInputError
+from qlora_pipe.data import sentencepiece_model
+from qlora_pipe.errors import ConfigError, DataError, MissingInputError, QlorapipeError
 from qlora_pipe.rows import LONE_SURROGATE
 
 TOKENIZER_FILE = "tokenizer.json"
+_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -28,31 +30,41 @@ class Tokenizer:
     vocab_size: int
     """One more than the largest id."""
     digest: str
-    """sha256 of tokenizer.json, hexadecimal."""
+    """sha256 of tokenizer.json, or of the SentencePiece model and what is added to it, hexadecimal."""
     inner: tokenizers.Tokenizer = field(repr=False)
+    behind: tuple[int, ...] = ()
+    """The ids that this tokenizer puts after a text: T5's EOS."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """What templates know control tokens by, such as `eos_token`, and how they are written."""
+    control: frozenset[str] = frozenset()
+    """How all control tokens are written."""
 
     @classmethod
     def open(cls, folder: str | Path) -> "Tokenizer":
         """Open the tokenizer of a model folder.
 
-        MissingInputError where tokenizer.json is absent, DataError where it cannot be read, ConfigError where the
-        folder does not say what ends a text.
+        It is read from tokenizer.json, or where there is none from a SentencePiece model. MissingInputError where both
+        are absent, DataError where it cannot be read, ConfigError where the folder does not say what ends a text.
         """
         folder = Path(folder)
-        data = _read(folder)
-        with _faults_named(f"{folder / TOKENIZER_FILE} is not a tokenizer that can be read"):
-            inner = tokenizers.Tokenizer.from_str(data.decode())
-            in_front = _make_plain(inner)
         config = _read_config(folder / "tokenizer_config.json")
+        path, inner, digest = _read(folder, config)
+        with faults_named(f"{path} is not a tokenizer that can be read"):
+            in_front, behind = _make_plain(inner)
         model_configs = [_read_config(folder / name) for name in ("generation_config.json", "config.json")]
         vocab_size = 1 + max(inner.get_vocab(with_added_tokens=True).values(), default=-1)
         ids = _ControlIds(folder=folder, inner=inner, config=config, model_configs=model_configs, vocab_size=vocab_size)
+        bos_id, eos_id = ids.bos(in_front=in_front), ids.eos()
+        names = _names(config, _read_config(folder / "special_tokens_map.json"), inner, bos_id=bos_id, eos_id=eos_id)
         return cls(
-            bos_id=ids.bos(in_front=in_front),
-            eos_id=ids.eos(),
+            bos_id=bos_id,
+            eos_id=eos_id,
             vocab_size=vocab_size,
-            digest=hashlib.sha256(data).hexdigest(),
+            digest=digest,
             inner=inner,
+            behind=behind,
+            names=names,
+            control=_control(config, names, inner),
         )
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -64,7 +76,7 @@ class Tokenizer:
         surrogate = LONE_SURROGATE.search(text)
         if surrogate:
             raise DataError(f"the text holds a lone surrogate at character {surrogate.start()}")
-        with _faults_named("the tokenizer cannot read the text"):
+        with faults_named("the tokenizer cannot read the text"):
             encoding = self.inner.encode(text, add_special_tokens=False)
         ids: list[int] = encoding.ids
         offsets: list[tuple[int, int]] = encoding.offsets
@@ -81,16 +93,24 @@ class Tokenizer:
         return self.inner.decode(list(ids), skip_special_tokens=True)
 
 
-def _read(folder: Path) -> bytes:
+def _read(folder: Path, config: Mapping[str, Any]) -> tuple[Path, tokenizers.Tokenizer, str]:
+    """Find a folder's tokenizer and make it; the digest is of all that it was made of."""
     path = folder / TOKENIZER_FILE
     if path.is_file():
-        return path.read_bytes()
-    if (folder / "tokenizer.model").is_file():
+        data = path.read_bytes()
+        with faults_named(f"{path} is not a tokenizer that can be read"):
+            return path, tokenizers.Tokenizer.from_str(data.decode()), hashlib.sha256(data).hexdigest()
+    model = sentencepiece_model.find(folder)
+    if model is None:
         raise MissingInputError(
-            f"{folder} has tokenizer.model and no tokenizer.json; convert it once with transformers:"
-            f' AutoTokenizer.from_pretrained("{folder}").save_pretrained("{folder}")'
+            f"{folder} has neither tokenizer.json nor a SentencePiece model ({', '.join(sentencepiece_model.FILES)});"
+            " copy it from the model that the folder was made of"
         )
-    raise MissingInputError(f"{folder} has no tokenizer.json; copy it from the model that the folder was made of")
+    data, added = model.read_bytes(), _read_config(folder / "added_tokens.json")
+    with faults_named(f"{model} is not a tokenizer that can be read"):
+        inner = sentencepiece_model.convert(data, model, config, added)
+    said = [(key, config.get(key)) for key in sentencepiece_model.SETTINGS]
+    return model, inner, hashlib.sha256(data + repr((said, sorted(added.items()))).encode()).hexdigest()
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -104,10 +124,12 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _faults_named(what: str) -> Iterator[None]:
+def faults_named(what: str) -> Iterator[None]:
     """Turn a fault of the tokenizers library into a DataError."""
     try:
         yield
+    except QlorapipeError:
+        raise
     except BaseException as fault:
         # The library raises bare Exceptions, and for a panic in its Rust a BaseException of a class it keeps private.
         if isinstance(fault, Exception) or type(fault).__name__ == "PanicException":
@@ -115,8 +137,8 @@ def _faults_named(what: str) -> Iterator[None]:
         raise
 
 
-def _make_plain(inner: tokenizers.Tokenizer) -> list[int]:
-    """Switch off what would make a text's ids depend on anything but the text; give the ids that came in front of it.
+def _make_plain(inner: tokenizers.Tokenizer) -> tuple[list[int], tuple[int, ...]]:
+    """Switch off what would make a text's ids depend on anything but the text; give the ids that came around it.
 
     One thing is switched off for the offsets' sake: a byte-level post-processor takes the spaces out of them, so that
     a run of spaces in an answer would cover no character of it and never be trained.
@@ -128,9 +150,38 @@ def _make_plain(inner: tokenizers.Tokenizer) -> list[int]:
     probe = inner.encode("a", add_special_tokens=True)
     is_text = [mask == 0 for mask in probe.special_tokens_mask]
     in_front: list[int] = probe.ids[: is_text.index(True)] if any(is_text) else []
+    behind: list[int] = probe.ids[len(is_text) - is_text[::-1].index(True) :] if any(is_text) else []
     inner.post_processor = None
     inner.encode_special_tokens = True
-    return in_front
+    return in_front, tuple(behind)
+
+
+def _names(
+    config: Mapping[str, Any],
+    map_of_names: Mapping[str, Any],
+    inner: tokenizers.Tokenizer,
+    *,
+    bos_id: int | None,
+    eos_id: int,
+) -> dict[str, str]:
+    """How the control tokens are written that templates may name, as far as the folder or the ids say it."""
+    by_id = {"eos_token": inner.id_to_token(eos_id), "bos_token": None if bos_id is None else inner.id_to_token(bos_id)}
+    found = {name: _written(config.get(name)) or _written(map_of_names.get(name)) or by_id.get(name) for name in _NAMES}
+    return {name: text for name, text in found.items() if text is not None}
+
+
+def _control(config: Mapping[str, Any], names: Mapping[str, str], inner: tokenizers.Tokenizer) -> frozenset[str]:
+    """How control tokens are written: those that tokenizer.json calls special, and those that the config names."""
+    listed = [config.get(key) for key in ("additional_special_tokens", "extra_special_tokens")]
+    texts = [_written(token) for tokens in listed if isinstance(tokens, list) for token in tokens]
+    named = {text for text in (*texts, *names.values()) if text and inner.token_to_id(text) is not None}
+    return frozenset(named | {token.content for token in inner.get_added_tokens_decoder().values() if token.special})
+
+
+def _written(token: object) -> str | None:
+    """How a config writes a token: as a text, or as an object with its content."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,10 +220,8 @@ class _ControlIds:
         return found
 
     def _named(self, kind: str) -> int | None:
-        token = self.config.get(f"{kind}_token")
-        if isinstance(token, dict):
-            token = token.get("content")
-        if isinstance(token, str):
+        token = _written(self.config.get(f"{kind}_token"))
+        if token is not None:
             found = self.inner.token_to_id(token)
             if found is None:
                 raise ConfigError(

@@ -11,12 +11,15 @@ from qlora_formats.adapter import write_adapter
 from qlora_formats.adapter_config import AdapterConfig
 from qlora_formats.commit import AppendFile, PartialFolder, commit_folder
 from qlora_formats.target import finished
+from qlora_pipe.architecture import Architecture
 from qlora_pipe.artifacts import Adapter, Checkpoint, QuantizedCheckpoint, Run, missing_part, open_model
 from qlora_pipe.config import FinetuneConfig
 from qlora_pipe.data.encode import Encoder, Sample
 from qlora_pipe.data.place import cache_folder
+from qlora_pipe.data.render import FROZEN_NOW
 from qlora_pipe.data.samples import SampleSet, load_samples, split_held_out
 from qlora_pipe.data.source import DataSource
+from qlora_pipe.data.templates import TEMPLATE_FILE, Templates
 from qlora_pipe.data.tokenizer import Tokenizer
 from qlora_pipe.errors import ConfigError, NonFiniteError
 from qlora_pipe.nn.adapt import pairs_of
@@ -54,7 +57,7 @@ def finetune(
         architecture = find_architecture(manager, base.config.get("model_type"), config=base.config)
         if config.pack and not architecture.packs:
             raise ConfigError(f"models of the family {architecture.name} cannot be trained with --pack; leave it out.")
-        tokenizer = Tokenizer.open(base.path)
+        encoder = _encoder(base, architecture, config, manager=manager, note=note)
         start = Adapter.open(config.adapter, load=config.load) if config.adapter else None
         _check_start(base, start, note=note)
         device = choose_device(config.device)
@@ -62,8 +65,6 @@ def finetune(
         if device.type == "cpu":
             keep_freed_memory()
         dtype = choose_dtype(config.dtype, device, architecture)
-        start_id = start_id_of(base.config) if architecture.kind == "seq2seq" else None
-        encoder = Encoder(tokenizer=tokenizer, max_tokens=config.max_tokens, start_id=start_id)
         data, eval_data = request.sources(manager)
         inputs = inputs_of(
             request, base=base, data=data, eval_data=eval_data, encoding=encoder.fingerprint, start=start, dtype=dtype
@@ -72,9 +73,7 @@ def finetune(
             note(f"{run.path} is already done: same base, data and settings.")
             return run
         refuse_another(run, request)
-        read = partial(
-            _read, config=config, encoder=encoder, manager=manager, base=base, stop=stop, note=note, progress=progress
-        )
+        read = partial(_read, config=config, encoder=encoder, manager=manager, stop=stop, note=note, progress=progress)
         samples = [read(each) for each in (data, eval_data) if each is not None]
         held_in, held_out = _divided(samples, config)
         # From here on every draw comes from this seed: the adapter's first values, then the dropout.
@@ -110,8 +109,37 @@ def finetune(
             _keep_bad_rows(run, samples)
             session.work()
             described = dataclasses.replace(described, base_model_name_or_path=base.hub_name)
-            _write_final(final, model, described, base=base, samples=samples, progress=session.state.progress)
+            example = data.first_example()
+            template = None if example is None else encoder.shared_template(example)
+            _write_final(
+                final, model, described, base=base, samples=samples, template=template,
+                progress=session.state.progress,
+            )  # fmt: skip
     return run
+
+
+def _encoder(
+    base: Checkpoint | QuantizedCheckpoint,
+    architecture: Architecture,
+    config: FinetuneConfig,
+    *,
+    manager: pluggy.PluginManager,
+    note: Callable[[str], None],
+) -> Encoder:
+    """Say how examples become samples of this model."""
+    tokenizer = Tokenizer.open(base.path)
+    templates = Templates.open(base.path, tokenizer, choice=config.template, manager=manager)
+    if templates.names_the_day:
+        note(f"the chat template asks for today's date; it is always told {FROZEN_NOW:%d %B %Y}.")
+    start_id = start_id_of(base.config) if architecture.kind == "seq2seq" else None
+    return Encoder(
+        tokenizer=tokenizer,
+        max_tokens=config.max_tokens,
+        templates=templates,
+        train_on=config.train_on,
+        kind=architecture.kind,
+        start_id=start_id,
+    )
 
 
 def _check_start(base: Checkpoint | QuantizedCheckpoint, start: Adapter | None, *, note: Callable[[str], None]) -> None:
@@ -134,7 +162,6 @@ def _read(
     config: FinetuneConfig,
     encoder: Encoder,
     manager: pluggy.PluginManager,
-    base: Checkpoint | QuantizedCheckpoint,
     stop: StopFlag,
     note: Callable[[str], None],
     progress: Callable[[str, int, int | None], None],
@@ -160,11 +187,6 @@ def _read(
         )
     if stats.cut:
         note(f"{stats.cut} of {stats.samples} samples were cut at {config.max_tokens} tokens.")
-    if stats.chats and base.has_chat_template:
-        note(
-            "this model has a chat template, which is not used yet: turns are marked `### Human:` and"
-            " `### Assistant:`, and prompts must be written so."
-        )
     return found
 
 
@@ -196,9 +218,10 @@ def _write_final(
     *,
     base: Checkpoint | QuantizedCheckpoint,
     samples: Sequence[SampleSet],
+    template: str | None,
     progress: Progress,
 ) -> None:
-    """Commit the adapter as PEFT reads it, with the tokenizer, what was measured, and which data of the Hub it saw."""
+    """Commit the adapter as PEFT reads it, with the tokenizer, the chat template, what was measured, and its data."""
     pairs = pairs_of(model.module)
     if not all(bool(torch.isfinite(part).all()) for pair in pairs.values() for part in pair):
         raise NonFiniteError("the adapter holds values that are not finite; lower --learning-rate and start again.")
@@ -210,6 +233,9 @@ def _write_final(
     }
     write_adapter(final, config=described, pairs=pairs, metadata={})
     for file in base.tokenizer_files:
-        final.copy(file, file.name)
+        if template is None or file.name != TEMPLATE_FILE:
+            final.copy(file, file.name)
+    if template is not None:
+        final.write(TEMPLATE_FILE, template.encode())
     from_hub = [dict(each.source.hub) for each in samples if each.source.hub]
     final.finish({"measured": measured} | ({"data": from_hub} if from_hub else {}))

@@ -6,7 +6,11 @@ import pluggy
 
 from qlora_pipe.artifacts import Adapter, Checkpoint, QuantizedCheckpoint, missing_part
 from qlora_pipe.config import GenerateConfig
+from qlora_pipe.data.prompt import Prompt, chat_prompt, plain_prompt
+from qlora_pipe.data.render import Turn
+from qlora_pipe.data.templates import Templates, checkpoint_template
 from qlora_pipe.data.tokenizer import Tokenizer
+from qlora_pipe.errors import UsageProblem
 from qlora_pipe.generate import EagerSteps, generate, generate_seq2seq, require_one_way, stream_text
 from qlora_pipe.nn.loaded import LoadedModel
 from qlora_pipe.plugins import find_architecture
@@ -24,15 +28,27 @@ def continue_text(
 ) -> Iterator[str]:
     """Yield the continuation of a prompt piece by piece, the prompt left out.
 
-    The prompt is fed as it is, after the tokenizer's BOS; an encoder-decoder model reads it as its source, which EOS
-    ends. `note` takes sentences for the user. Raises DataError where the adapter does not fit, UsageProblem where
-    settings contradict each other.
+    The prompt is fed as it is, after the tokenizer's BOS, or with `config.chat` as a user's turn through the chat
+    template: the adapter's where it carries one, else the model's. An encoder-decoder model reads it as its source.
+    `note` takes sentences for the user. Raises DataError where the adapter does not fit or the template refuses the
+    turn, UsageProblem where settings contradict each other.
     """
     require_one_way(beams=config.beams, temperature=config.temperature)
+    if not config.chat and (config.system is not None or config.template != "auto"):
+        raise UsageProblem("--system and --template belong to a conversation: add --chat.")
     if (fault := missing_part(model, adapter)) is not None:
         note(fault)
     architecture = find_architecture(manager, model.config.get("model_type"), config=model.config)
     tokenizer = Tokenizer.open(model.path)
+    if config.chat:
+        folder = model.path
+        if adapter is not None and checkpoint_template(adapter.path) is not None:
+            folder = adapter.path
+        templates = Templates.open(folder, tokenizer, choice=config.template, manager=manager)
+        turns = [Turn("system", config.system)] if config.system is not None else []
+        asked = chat_prompt([*turns, Turn("user", prompt)], templates=templates, tokenizer=tokenizer)
+    else:
+        asked = plain_prompt(prompt, tokenizer)
     device = choose_device(config.device)
     note_slow_kernels(device, note)
     loaded = load(
@@ -44,17 +60,30 @@ def continue_text(
         residency=config.residency,
         note=note,
     )
-    yield from answer(loaded, tokenizer, prompt, config)
+    pieces = _continued(loaded, tokenizer, asked, config)
+    yield from _begun_with_a_word(pieces) if config.chat else pieces
 
 
 def answer(loaded: LoadedModel, tokenizer: Tokenizer, prompt: str, config: GenerateConfig) -> Iterator[str]:
-    """Yield the continuation of a prompt by a loaded model, or an encoder-decoder model's answer to it."""
-    ids, _ = tokenizer.encode(prompt)
-    if tokenizer.bos_id is not None:
-        ids = [tokenizer.bos_id, *ids]
-    stop_ids = loaded.stop_ids | {tokenizer.eos_id}
+    """Yield the continuation of a text by a loaded model, or an encoder-decoder model's answer to it."""
+    return _continued(loaded, tokenizer, plain_prompt(prompt, tokenizer), config)
+
+
+def _begun_with_a_word(pieces: Iterator[str]) -> Iterator[str]:
+    """Leave out the space that templates put before an answer."""
+    begun = False
+    for piece in pieces:
+        said = piece if begun else piece.lstrip()
+        begun = begun or bool(said)
+        if said:
+            yield said
+
+
+def _continued(loaded: LoadedModel, tokenizer: Tokenizer, prompt: Prompt, config: GenerateConfig) -> Iterator[str]:
+    stop_ids = loaded.stop_ids | prompt.stop_ids
     if loaded.architecture.kind == "seq2seq":
-        source = [*ids, tokenizer.eos_id]
+        # As a source stands in training.
+        source = [*prompt.ids, *tokenizer.behind]
         loaded.require_ids(source)
         yield from stream_text(
             tokenizer,
@@ -71,10 +100,10 @@ def answer(loaded: LoadedModel, tokenizer: Tokenizer, prompt: str, config: Gener
             ),
         )
         return
-    loaded.require_ids(ids)
+    loaded.require_ids(prompt.ids)
     new_ids = generate(
         loaded.causal,
-        ids,
+        prompt.ids,
         max_new_tokens=config.max_new_tokens,
         stop_ids=stop_ids,
         temperature=config.temperature,
@@ -85,4 +114,4 @@ def answer(loaded: LoadedModel, tokenizer: Tokenizer, prompt: str, config: Gener
         # A captured step knows nothing of blocks that come and go.
         steps=EagerSteps(loaded.causal) if loaded.residency.way == "streamed" else None,
     )
-    yield from stream_text(tokenizer, new_ids, prompt=ids)
+    yield from stream_text(tokenizer, new_ids, prompt=prompt.ids)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qlora_formats.checkpoint import write_checkpoint
 from qlora_formats.commit import commit_folder
+from qlora_formats.hashing import hash_file
 from qlora_formats.manifest import Manifest
 from qlora_formats.store import StoredWeight
 from qlora_formats.target import finished, require_space
@@ -18,6 +19,7 @@ from qlora_formats.tensorfile import TensorPlan
 from qlora_kernels.dispatch import dequantize
 from qlora_pipe.artifacts import Adapter, Checkpoint, QuantizedCheckpoint, missing_part
 from qlora_pipe.config import MergeConfig
+from qlora_pipe.data.templates import TEMPLATE_FILE
 from qlora_pipe.errors import DataError
 from qlora_pipe.nn.adapt import check_fit
 from qlora_pipe.nn.linear import quantized_tensor
@@ -70,6 +72,9 @@ def merge(
     ties = architecture.ties_of(base.config, base.weights.names)
     settings = {key: value for key, value in asdict(config).items() if key not in _FREE}
     inputs = {"base": base.identity, "adapter": adapter.identity, "settings": settings}
+    template = adapter.path / TEMPLATE_FILE
+    if template.is_file():
+        inputs["chat_template"] = {"sha256": {TEMPLATE_FILE: hash_file(template).sha256}}
     if (done := finished(out, kind="checkpoint", inputs=inputs)) is not None:
         return _result(out, done, already_done=True)
     if (fault := missing_part(base, adapter)) is not None:
@@ -121,8 +126,12 @@ def merge(
         for name in names:
             if name not in seen:
                 produce_counted(name)
-        for file in base.weights.carried_files():
-            work.copy(file, file.name)
+        carried = {file.name: file for file in base.weights.carried_files()}
+        if template.is_file():
+            # The adapter was trained on what this one writes, which need not be the base's own.
+            carried[TEMPLATE_FILE] = template
+        for name, file in sorted(carried.items()):
+            work.copy(file, name)
         manifest = work.finish({"retention": {path: _six_digits(share) for path, share in retention.items()}})
     return _result(out, manifest, already_done=False)
 

@@ -21,7 +21,7 @@ from qlora_pipe.settings import read_yaml, to_yaml
 _FREE = (
     "save_every", "device", "threads", "load", "recompute", "offload", "residency", "optimizer_budget", "on_bad_row"
 )  # fmt: skip
-_NAMED_BY_CONTENT = ("adapter", "split", "map", "eval_data", "eval_split", "eval_map")
+_NAMED_BY_CONTENT = ("adapter", "split", "map", "template", "eval_data", "eval_split", "eval_map")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_pipe.data.encode import Encoder
 from qlora_pipe.data.pack import pack, pack_epoch
 from qlora_pipe.data.samples import load_samples
 from qlora_pipe.data.tokenizer import Tokenizer
 from qlora_pipe.plugins import load_plugins
+from tests.pipe.encoders import encoder_of
 
 LENGTHS = st.lists(st.integers(1, 20), min_size=1, max_size=80)
 
@@ -58,7 +58,7 @@ def test_samples_meet_others_in_every_epoch_and_come_in_another_order() -> None:
 def test_more_than_97_of_100_places_are_filled_on_real_lengths(shared_data: Path) -> None:
     tokenizer = Tokenizer.open(shared_data / "tokenizers/mistral")
     source = shared_data / "datasets/alpaca/alpaca_schema_from_seed_tasks_175.json"
-    encoder = Encoder(tokenizer=tokenizer, max_tokens=10_000)
+    encoder = encoder_of(tokenizer, max_tokens=10_000)
     samples = load_samples(f"alpaca:{source}", encoder=encoder, manager=load_plugins()).samples
     assert len(samples) == len(json.loads(source.read_text()))
     lengths = [min(len(sample.ids), 512) - 1 for sample in samples]

@@ -10,13 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_pipe import hookspecs
-from qlora_pipe.data.encode import Encoder, Sample
+from qlora_pipe.data.encode import Sample
 from qlora_pipe.data.samples import SampleSet, load_samples, split_held_out
-from qlora_pipe.data.source import find_source
+from qlora_pipe.data.source import DataSource, find_source
 from qlora_pipe.data.tokenizer import Tokenizer
 from qlora_pipe.dataset import Dataset, Example, prompt_and_answer
 from qlora_pipe.errors import DataError, MissingInputError, UsageProblem
-from qlora_pipe.rows import Row
+from qlora_pipe.rows import BadRow, Row
+from tests.pipe.encoders import encoder_of
 
 
 def _lines(path: Path) -> Iterator[Row]:
@@ -54,7 +55,7 @@ def rows(tmp_path: Path) -> Path:
 
 
 def _load(spec: str, tokenizer: Tokenizer, manager: pluggy.PluginManager, *, max_tokens: int = 8) -> SampleSet:
-    return load_samples(spec, encoder=Encoder(tokenizer=tokenizer, max_tokens=max_tokens), manager=manager)
+    return load_samples(spec, encoder=encoder_of(tokenizer, max_tokens=max_tokens), manager=manager)
 
 
 def test_rows_become_samples_in_their_order(
@@ -76,7 +77,7 @@ def test_progress_counts_rows_by_batches_and_check_is_asked_before_each(
     monkeypatch.setattr("qlora_pipe.data.build._BATCH_ROWS", 2)
     calls: list[object] = []
     load_samples(
-        f"bars:{rows}", encoder=Encoder(tokenizer=tiny_tokenizer, max_tokens=8), manager=manager,
+        f"bars:{rows}", encoder=encoder_of(tiny_tokenizer, max_tokens=8), manager=manager,
         progress=lambda done, total: calls.append((done, total)), check=lambda: calls.append("check"),
     )  # fmt: skip
     assert calls == ["check", "check", (2, None), "check", (3, None)]
@@ -87,9 +88,7 @@ def test_what_check_raises_stops_the_load(rows: Path, tiny_tokenizer: Tokenizer,
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        load_samples(
-            f"bars:{rows}", encoder=Encoder(tokenizer=tiny_tokenizer, max_tokens=8), manager=manager, check=stop
-        )
+        load_samples(f"bars:{rows}", encoder=encoder_of(tiny_tokenizer, max_tokens=8), manager=manager, check=stop)
 
 
 @pytest.mark.parametrize("spec", ["rows.txt", ":rows.txt", "bars:", ""])
@@ -130,7 +129,7 @@ def test_fingerprint_is_the_same_for_the_same_samples_under_another_name(
 ) -> None:
     def fingerprint(path: Path) -> str:
         source = find_source(f"bars:{path}", manager=manager)
-        return source.fingerprint(Encoder(tokenizer=tiny_tokenizer, max_tokens=8).fingerprint)
+        return source.fingerprint(encoder_of(tiny_tokenizer, max_tokens=8).fingerprint)
 
     first = fingerprint(rows)
     moved = rows.rename(rows.with_name("moved.txt"))
@@ -143,7 +142,7 @@ def test_fingerprint_changes_with_bytes_dataset_tokenizer_and_length(
 ) -> None:
     def fingerprint(name: str = "bars", tokenizer: Tokenizer = tiny_tokenizer, max_tokens: int = 8) -> str:
         source = find_source(f"{name}:{rows}", manager=manager)
-        return source.fingerprint(Encoder(tokenizer=tokenizer, max_tokens=max_tokens).fingerprint)
+        return source.fingerprint(encoder_of(tokenizer, max_tokens=max_tokens).fingerprint)
 
     without_bos = Tokenizer(
         bos_id=None, eos_id=2, vocab_size=299, digest=tiny_tokenizer.digest, inner=tiny_tokenizer.inner
@@ -163,7 +162,7 @@ def test_fingerprint_of_a_folder_follows_names_and_bytes(
 ) -> None:
     def fingerprint() -> str:
         source = find_source(f"bars:{folder}", manager=manager)
-        return source.fingerprint(Encoder(tokenizer=tiny_tokenizer, max_tokens=8).fingerprint)
+        return source.fingerprint(encoder_of(tiny_tokenizer, max_tokens=8).fingerprint)
 
     folder = tmp_path / "many"
     folder.mkdir()
@@ -177,6 +176,24 @@ def test_fingerprint_of_a_folder_follows_names_and_bytes(
     assert len(set(found)) == 3
     folder = folder.rename(tmp_path / "moved")
     assert fingerprint() == found[-1]
+
+
+def test_the_first_example_that_can_be_used_shows_the_form(rows: Path) -> None:
+    def read(path: Path) -> Iterator[Row | BadRow]:
+        yield BadRow(reason="unreadable", raw=b"")
+        yield from _lines(path)
+
+    def example(row: Row) -> list[Example]:
+        if row.origin == "rows.txt:1":
+            row.refuse("line", "is not liked")
+        return [_example(row)] if row.origin == "rows.txt:3" else []
+
+    source = DataSource(dataset=Dataset(name="bars", help="", rows=read, example=example), path=rows)
+    found = source.first_example()
+    assert found is not None
+    assert (found.origin, found.form) == ("rows.txt:3", "plain")
+    rows.write_text("")
+    assert source.first_example() is None
 
 
 def _samples(count: int) -> list[Sample]:

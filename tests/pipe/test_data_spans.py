@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as RawTokenizer
 
-from qlora_pipe.data.encode import encode
 from qlora_pipe.data.spans import Corrupted, corrupt, corrupted, sentinels_of, window_tokens
 from qlora_pipe.data.tokenizer import Tokenizer
 from qlora_pipe.dataset import SPAN_CORRUPTION, Example, Message
 from qlora_pipe.errors import ConfigError, DataError
 from qlora_pipe.testing import byte_tokenizer, tiny_checkpoint
+from tests.pipe.encoders import encoder_of, samples_of
 
 EOS = 1
 SENTINELS = tuple(range(32099, 31999, -1))
@@ -202,7 +202,7 @@ def a_text(content: str) -> Example:
 def test_a_text_becomes_samples_whose_sides_give_it_back(tmp_path: Path) -> None:
     tokenizer = with_tokens(tmp_path, *(f"<extra_id_{number}>" for number in range(30)))
     content = "Once upon a time there was a fox. " * 9
-    samples = list(encode(a_text(content), tokenizer, max_tokens=100, start_id=7))
+    samples = samples_of(a_text(content), encoder_of(tokenizer, max_tokens=100, kind="seq2seq", start_id=7))
     assert [sample.origin for sample in samples] == [
         f"tale.txt window {number}" for number in range(1, len(samples) + 1)
     ]
@@ -222,6 +222,6 @@ def test_a_text_becomes_samples_whose_sides_give_it_back(tmp_path: Path) -> None
 def test_a_text_whose_spans_cannot_be_dropped_is_named(tmp_path: Path) -> None:
     tokenizer = with_tokens(tmp_path, "<extra_id_0>", "<extra_id_1>")
     with pytest.raises(DataError, match=r"^tale\.txt: the text has less than two tokens"):
-        list(encode(a_text("x"), tokenizer, max_tokens=100, start_id=7))
+        samples_of(a_text("x"), encoder_of(tokenizer, kind="seq2seq", start_id=7))
     with pytest.raises(DataError, match=r"^tale\.txt: span corruption is for encoder-decoder models"):
-        list(encode(a_text("a fox"), tokenizer, max_tokens=100))
+        samples_of(a_text("a fox"), encoder_of(tokenizer))

@@ -396,13 +396,57 @@ def test_the_defaults_are_written_with_what_was_given(store: Path, rows: Path, t
     assert resolved["max_grad_norm"] == 0.3
 
 
-def test_a_chat_template_that_is_not_used_is_said_to_be_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+TURNS = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
+
+
+def _chats(tmp_path: Path) -> str:
+    (tmp_path / "chats.jsonl").write_text((json.dumps({"messages": TURNS}) + "\n") * 4)
+    return f"jsonl:{tmp_path / 'chats.jsonl'}"
+
+
+def test_the_adapter_carries_the_template_that_it_was_trained_with(tmp_path: Path) -> None:
     base = tiny_checkpoint(tmp_path / "base")
-    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
-    (tmp_path / "chats.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 4)
-    line = ["finetune", str(base), "--data", f"jsonl:{tmp_path / 'chats.jsonl'}", "--steps", "1", "--rank", "2"]
-    assert execute([*line, "--out", str(tmp_path / "one")]) == 0
-    assert "chat template" not in capsys.readouterr().err
-    (base / "chat_template.jinja").write_text("{{ messages }}")
-    assert execute([*line, "--out", str(tmp_path / "two")]) == 0
-    assert "this model has a chat template, which is not used yet" in capsys.readouterr().err
+    line = ["finetune", str(base), "--data", _chats(tmp_path), "--steps", "1", "--rank", "2"]
+    assert execute([*line, "--out", str(tmp_path / "guanaco")]) == 0
+    carried = (tmp_path / "guanaco/final/chat_template.jinja").read_text()
+    # Other programs put no BOS before what a template writes.
+    assert carried.startswith("{{- bos_token }}")
+    assert "### Human: " in carried
+    own = "{{ bos_token }}{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"
+    (base / "chat_template.jinja").write_text(own)
+    assert execute([*line, "--out", str(tmp_path / "own")]) == 0
+    assert (tmp_path / "own/final/chat_template.jinja").read_text() == own
+    assert execute([*line, "--out", str(tmp_path / "chatml"), "--template", "chatml"]) == 0
+    assert "<|im_start|>" in (tmp_path / "chatml/final/chat_template.jinja").read_text()
+
+
+def test_an_adapter_trained_on_prompts_and_answers_carries_no_template_of_ours(tmp_path: Path) -> None:
+    base = tiny_checkpoint(tmp_path / "base")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "answer": "b"}\n' * 3)
+    line = ["finetune", str(base), "--data", f"jsonl:{tmp_path / 'rows.jsonl'}", "--steps", "1", "--rank", "2"]
+    assert execute([*line, "--out", str(tmp_path / "run")]) == 0
+    assert not (tmp_path / "run/final/chat_template.jinja").exists()
+
+
+def test_another_template_is_another_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = tiny_checkpoint(tmp_path / "base")
+    template = tmp_path / "mine.jinja"
+    template.write_text("{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}")
+    line = ["finetune", str(base), "--data", _chats(tmp_path), "--steps", "1", "--rank", "2"]
+    line += ["--template", str(template), "--out", str(tmp_path / "run")]
+    assert execute(line) == 0
+    assert execute(line) == 0
+    assert "already done" in capsys.readouterr().err
+    template.write_text(template.read_text() + "{# #}.")
+    assert execute(line) == 73
+
+
+def test_a_template_that_asks_for_the_day_is_told_always_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tiny_checkpoint(tmp_path / "base")
+    own = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"
+    (base / "chat_template.jinja").write_text(own)
+    line = ["finetune", str(base), "--data", _chats(tmp_path), "--steps", "1", "--rank", "2"]
+    assert execute([*line, "--out", str(tmp_path / "run")]) == 0
+    assert "the chat template asks for today's date; it is always told 26 July 2024." in capsys.readouterr().err

@@ -10,13 +10,13 @@ import pluggy
 import pytest
 
 from qlora_pipe import hookspecs
-from qlora_pipe.data.encode import Encoder
 from qlora_pipe.data.samples import load_samples
 from qlora_pipe.data.tokenizer import Tokenizer
 from qlora_pipe.dataset import Example, Message
 from qlora_pipe.errors import DataError
 from qlora_pipe.plugins import datasets, find_dataset
 from qlora_plugins import datasets as plugin
+from tests.pipe.encoders import encoder_of
 
 
 @pytest.fixture
@@ -115,9 +115,7 @@ def test_real_data_loads(shared_data: Path, manager: pluggy.PluginManager, spec:
     name, _, place = spec.partition(":")
     tokenizer = Tokenizer.open(shared_data / "models" / "stories260K")
     loaded = load_samples(
-        f"{name}:{shared_data / 'datasets' / place}",
-        encoder=Encoder(tokenizer=tokenizer, max_tokens=8192),
-        manager=manager,
+        f"{name}:{shared_data / 'datasets' / place}", encoder=encoder_of(tokenizer, max_tokens=8192), manager=manager
     )
     assert loaded.stats.rows == rows
     if name == "text":
