@@ -10,7 +10,8 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import tokenizers
@@ -73,6 +74,12 @@ class ControlTokens:
         # As the tokenizers library looks for them: the longest of those that begin at a character.
         longest_first = sorted(self._sign_of, key=lambda name: (-len(name), name))
         self._names = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    @classmethod
+    @lru_cache(maxsize=2)
+    def of(cls, tokenizer: Tokenizer) -> Self:
+        """Make it, or give the one that was made of this tokenizer before."""
+        return cls(tokenizer)
 
     def within(self, text: str) -> bool:
         """Whether a text holds the name of a control token."""

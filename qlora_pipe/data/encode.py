@@ -6,6 +6,7 @@ trained that covers any of them, for generation would have to produce it after t
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -79,7 +80,7 @@ class Encoder:
 
     def __post_init__(self) -> None:
         assert (self.kind == "seq2seq") == (self.start_id is not None), "a seq2seq decoder begins with an id"
-        object.__setattr__(self, "_control", ControlTokens(self.tokenizer))
+        object.__setattr__(self, "_control", ControlTokens.of(self.tokenizer))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -100,8 +101,10 @@ class Encoder:
         template = self._template_of(example)
         if template is None or (example.form == PLAIN_FORM and self.templates.chosen is None):
             return None
-        puts_bos = template.installed and "bos_token" in self.tokenizer.names and self.tokenizer.bos_id is not None
-        return ("{{- bos_token }}" if puts_bos else "") + template.source
+        if not template.installed or self.tokenizer.bos_id is None:
+            return template.source
+        bos = json.dumps(self.tokenizer.inner.id_to_token(self.tokenizer.bos_id), ensure_ascii=False)
+        return f"{{{{- {bos} }}}}{template.source}"
 
     def encode(self, examples: Sequence[Example]) -> Iterator[list[Sample] | DataError]:
         """Yield each example's samples, in order: one for a conversation, windows for a text.

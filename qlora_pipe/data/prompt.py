@@ -1,5 +1,6 @@
 """What a model is asked to go on from: a text as it is, or a conversation through its chat template."""
 
+import string
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,8 +11,10 @@ from qlora_pipe.data.templates import Templates
 from qlora_pipe.data.tokenizer import Tokenizer
 from qlora_pipe.errors import DataError
 
-# Stands for the answer that is to come. No template takes it for anything else, and no tokenizer joins it to a space.
+# Stands for the answer that is to come; no template takes it for anything else.
 _ANSWER = "A"
+# An answer may begin with any of these, and a vocabulary may join it to a space before it.
+_BEGINNINGS = string.ascii_letters + string.digits
 
 
 class Prompt(NamedTuple):
@@ -36,7 +39,7 @@ def chat_prompt(turns: Sequence[Turn], *, templates: Templates, tokenizer: Token
     conversation.
     """
     template = templates.find(None)
-    control = ControlTokens(tokenizer)
+    control = ControlTokens.of(tokenizer)
     asked, answered = templates.render(template, [turns, [*turns, Turn("assistant", _ANSWER)]], train_on="last")
     if isinstance(asked, str):
         raise DataError(f"the chat template {template.name} cannot be used: {asked}.")
@@ -46,8 +49,8 @@ def chat_prompt(turns: Sequence[Turn], *, templates: Templates, tokenizer: Token
     ids = tokens.ids.tolist()
     if not isinstance(answered, str):
         text, (answer,) = draft(answered, [*turns, Turn("assistant", _ANSWER)], control)
-        (tokens,) = control.encode([text])
-        ids = tokens.ids[tokens.ends <= answer.start].tolist()
-        ends_turn = (tokens.starts >= answer.said) & (tokens.ends <= answer.end)
-        stop_ids.add(int(tokens.ids[ends_turn][0]))
+        whole, *begun = control.encode([text, *(text[: answer.start] + letter for letter in _BEGINNINGS)])
+        ids = min((tokens.ids[tokens.ends <= answer.start].tolist() for tokens in begun), key=len)
+        ends_turn = (whole.starts >= answer.said) & (whole.ends <= answer.end)
+        stop_ids.add(int(whole.ids[ends_turn][0]))
     return Prompt(ids if front == ids[:1] else front + ids, frozenset(stop_ids))

@@ -30,6 +30,8 @@ def find(folder: Path) -> Path | None:
 def convert(data: bytes, path: Path, config: Mapping[str, Any], added: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """Make the tokenizer whose ids are SentencePiece's, with the tokens that a folder adds to the model's.
 
+    (One thing differs: a unigram model with byte fallback takes a text that spells a byte, `<0x0A>`, for that byte.)
+
     `data` are the model's bytes and `path` where they lie; `config` is what tokenizer_config.json holds, `added` what
     added_tokens.json does. T5's kind (spiece.model) puts EOS after a text, LLaMA's BOS before it, unless the config
     says otherwise. MissingInputError without the sentencepiece library, DataError for what is no such model,

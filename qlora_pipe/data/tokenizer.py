@@ -55,7 +55,7 @@ class Tokenizer:
         vocab_size = 1 + max(inner.get_vocab(with_added_tokens=True).values(), default=-1)
         ids = _ControlIds(folder=folder, inner=inner, config=config, model_configs=model_configs, vocab_size=vocab_size)
         bos_id, eos_id = ids.bos(in_front=in_front), ids.eos()
-        names = _names(config, _read_config(folder / "special_tokens_map.json"), inner, bos_id=bos_id, eos_id=eos_id)
+        names = _names(config, _read_config(folder / "special_tokens_map.json"), inner, eos_id=eos_id)
         return cls(
             bos_id=bos_id,
             eos_id=eos_id,
@@ -157,16 +157,11 @@ def _make_plain(inner: tokenizers.Tokenizer) -> tuple[list[int], tuple[int, ...]
 
 
 def _names(
-    config: Mapping[str, Any],
-    map_of_names: Mapping[str, Any],
-    inner: tokenizers.Tokenizer,
-    *,
-    bos_id: int | None,
-    eos_id: int,
+    config: Mapping[str, Any], map_of_names: Mapping[str, Any], inner: tokenizers.Tokenizer, *, eos_id: int
 ) -> dict[str, str]:
-    """How the control tokens are written that templates may name, as far as the folder or the ids say it."""
-    by_id = {"eos_token": inner.id_to_token(eos_id), "bos_token": None if bos_id is None else inner.id_to_token(bos_id)}
-    found = {name: _written(config.get(name)) or _written(map_of_names.get(name)) or by_id.get(name) for name in _NAMES}
+    """How the control tokens are written that templates may name; EOS is known even where the folder says no name."""
+    found = {name: _written(config.get(name)) or _written(map_of_names.get(name)) for name in _NAMES}
+    found["eos_token"] = found["eos_token"] or inner.id_to_token(eos_id)
     return {name: text for name, text in found.items() if text is not None}
 
 
