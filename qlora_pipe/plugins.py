@@ -113,7 +113,6 @@ class _Brought(NamedTuple, Generic[T]):
 
 def _all_brought(manager: pluggy.PluginManager, registry: _Registry[T]) -> Iterator[_Brought[T]]:
     """Ask each plugin by itself; what one answers wrongly is put down to it, and the others are not touched."""
-    assert isinstance(manager, Plugins), "managers are made by load_plugins and plugins_of"
     names = {id(plugin): name for name, plugin in manager.list_name_plugin()}
     asked = [each.plugin for each in getattr(manager.hook, registry.hook).get_hookimpls()]
     for plugin in sorted(asked, key=lambda each: names[id(each)]):
@@ -124,17 +123,17 @@ def _all_brought(manager: pluggy.PluginManager, registry: _Registry[T]) -> Itera
             with contextlib.redirect_stdout(sys.stderr):
                 answers = alone()
         except (Exception, SystemExit) as fault:
-            manager.blame(name, f"failed in {registry.hook}: {said_of(fault)}")
+            _about(manager).blame(name, f"failed in {registry.hook}: {said_of(fault)}")
             continue
         # pluggy leaves out an answer that is None.
         answer = answers[0] if answers else None
         if not isinstance(answer, list | tuple):
             kind = registry.item.__name__
-            manager.blame(name, f"{registry.hook} returned {shown(answer)} where a list of {kind} is asked for")
+            _about(manager).blame(name, f"{registry.hook} returned {shown(answer)} where a list of {kind} is asked for")
             continue
         for item in answer:
             if (wrong := fault_of_item(item, registry.item)) is not None:
-                manager.blame(name, f"{registry.hook} {wrong}")
+                _about(manager).blame(name, f"{registry.hook} {wrong}")
             else:
                 yield _Brought(name, item)
 
@@ -149,18 +148,22 @@ def _by_name(manager: pluggy.PluginManager, registry: _Registry[T]) -> dict[str,
 
 def _single(manager: pluggy.PluginManager, registry: _Registry[T]) -> dict[str, T]:
     """What can be used by its name; of two things of one name, neither, and a note says so."""
-    assert isinstance(manager, Plugins)
     single = {}
     for name, each in _by_name(manager, registry).items():
         if len(each) == 1:
             single[name] = each[0].item
         else:
-            manager.note(f"neither can be used: {_twice(manager, each, f'bring the {registry.kind} {name!r}')}")
+            _about(manager).note(f"neither can be used: {_twice(manager, each, f'bring the {registry.kind} {name!r}')}")
     return single
 
 
-def _twice(manager: Plugins, found: list[_Brought[T]], what: str) -> str:
-    owners = " and ".join(manager.described(each.plugin) for each in found)
+def _about(manager: pluggy.PluginManager) -> Plugins:
+    """Whom to ask about a manager's plugins: itself, or of one that was made by hand one that knows of none."""
+    return manager if isinstance(manager, Plugins) else Plugins()
+
+
+def _twice(manager: pluggy.PluginManager, found: list[_Brought[T]], what: str) -> str:
+    owners = " and ".join(_about(manager).described(each.plugin) for each in found)
     return f"two plugins {what}, {owners}: uninstall one of them."
 
 
@@ -196,7 +199,6 @@ def find_architecture(
     With the whole config, plugins are also asked for a family made for it, where none is registered. ConfigError lists
     what is installed, or names two families that both read it: which one is meant would be a guess.
     """
-    assert isinstance(manager, Plugins)
     known = list(_all_brought(manager, _ARCHITECTURES))
     found = [each for each in known if model_type in each.item.model_types]
     if len(found) == 1:
@@ -209,12 +211,12 @@ def find_architecture(
     types = sorted(model_type for each in known for model_type in each.item.model_types)
     raise ConfigError(
         f"no installed plugin reads model_type {model_type!r} (installed: {listed(types)})."
-        f" Install one, or write it: docs/plugins.md; qlora-pipe[transformers] trains most others.{manager.missing}"
+        " Install one, or write it: docs/plugins.md; qlora-pipe[transformers] trains most others."
+        f"{_about(manager).missing}"
     )
 
 
 def _find(manager: pluggy.PluginManager, registry: _Registry[T], name: str, *, kind: str) -> T:
-    assert isinstance(manager, Plugins)
     known = _by_name(manager, registry)
     found = known.get(name, [])
     if len(found) == 1:
@@ -223,7 +225,7 @@ def _find(manager: pluggy.PluginManager, registry: _Registry[T], name: str, *, k
         raise ConfigError(_twice(manager, found, f"bring the {kind} {name!r}"))
     raise UsageProblem(
         f"there is no {kind} named {name!r} (installed: {listed(known)})."
-        f" Install a plugin that brings it, or write it: docs/plugins.md.{manager.missing}"
+        f" Install a plugin that brings it, or write it: docs/plugins.md.{_about(manager).missing}"
     )
 
 
@@ -249,8 +251,7 @@ def list_plugins(manager: pluggy.PluginManager) -> list[PluginEntry]:
 
 
 def _entry(manager: pluggy.PluginManager, brought: _Brought[Any], *, kind: str) -> PluginEntry:
-    assert isinstance(manager, Plugins)
-    item, source = brought.item, manager.sources.get(brought.plugin)
+    item, source = brought.item, _about(manager).sources.get(brought.plugin)
     text = item.help if kind != "architecture" else f"reads model_type {listed(item.model_types)}"
     return PluginEntry(
         name=item.name,
