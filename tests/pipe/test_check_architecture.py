@@ -126,6 +126,9 @@ class MoreThanBlocks(Toy):
     def hidden(self, ids: Tensor, *, cache: Cache | None = None, packing: Packing | None = None) -> Tensor:
         return super().hidden(ids, cache=cache, packing=packing) * 1.01
 
+    def hidden_of(self, inputs: Inputs) -> Tensor:
+        return super().hidden_of(inputs) * 1.01
+
 
 class ForgetsPacking(Toy):
     def embed(self, ids: Tensor, *, cache: Cache | None = None, packing: Packing | None = None) -> tuple[Tensor, Told]:
