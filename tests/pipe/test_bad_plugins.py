@@ -168,10 +168,9 @@ def test_a_command_that_may_need_a_broken_plugin_is_refused_with_its_name(
     source = tiny_checkpoint(tmp_path / "source", family=TOY)
     done = run_cli("quantize", source, tmp_path / "store")
     assert done.exit_code == 78
-    assert done.stderr.splitlines()[-1] == (
-        "error: no installed plugin reads model_type 'toy' (installed: llama). Install one, or write it:"
-        " docs/plugins.md. Passed over: plugin 'broken' of qlora-broken 1.0 (RuntimeError: no driver)."
-    )
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("error: no installed plugin reads model_type 'toy' (installed: ")
+    assert said.endswith(" Passed over: plugin 'broken' of qlora-broken 1.0 (RuntimeError: no driver).")
     with pytest.raises(UsageProblem, match=r"no dataset named 'riddles'.*Passed over: plugin 'broken' of qlora-broken"):
         find_dataset(load_plugins(), "riddles")
 
