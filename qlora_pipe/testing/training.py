@@ -26,7 +26,6 @@ _MODES: tuple[Recompute, ...] = ("none", "all")
 
 def check_training(subject: Subject) -> None:
     """Block by block, kept or computed again, loss and gradients are those of one plain pass."""
-    _require_causal(subject)
     batch = _batch(subject)
 
     def plain(model: LoadedModel) -> Tensor:
@@ -59,7 +58,6 @@ def check_training(subject: Subject) -> None:
 
 def check_gradients(subject: Subject) -> None:
     """Every adapter is trained."""
-    _require_causal(subject)
     _, found = _outcome(
         subject,
         lambda model: BlockwisePass(model, recompute=RecomputePlan("all")).run([_batch(subject)], divisor=1.0)[0],
@@ -126,8 +124,3 @@ def _batch(subject: Subject) -> Batch:
         for number, length in enumerate(_LENGTHS)
     ]
     return collate([[sample] for sample in samples])
-
-
-def _require_causal(subject: Subject) -> None:
-    if not subject.is_causal:
-        raise LeftOut("training of encoder-decoder models is not checked")

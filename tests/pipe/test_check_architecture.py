@@ -253,8 +253,7 @@ def test_the_toy_keeps_every_promise() -> None:
 def test_the_built_in_families_keep_every_promise(family: str) -> None:
     architecture = architectures(load_plugins())[family]
     found = check_architecture(architecture)
-    of_its_kind = {"training", "gradients"} if architecture.kind == "seq2seq" else set()
-    assert found.left_out.keys() == of_its_kind | (set() if architecture.packs else {"packing"})
+    assert found.left_out.keys() == (set() if architecture.packs else {"packing"})
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -318,8 +317,8 @@ def test_logits_are_compared_with_a_reference() -> None:
         check_architecture(ARCHITECTURE, reference=other)
 
 
-def test_an_encoder_decoder_keeps_every_promise_but_those_of_training() -> None:
-    assert check_architecture(PAIR).left_out.keys() == {"training", "gradients", "packing"}
+def test_an_encoder_decoder_keeps_every_promise_but_that_of_packing() -> None:
+    assert check_architecture(PAIR).left_out.keys() == {"packing"}
 
 
 class SeesPadding(Pair):

@@ -10,6 +10,26 @@ from qlora_pipe.nn.fields import Fields
 if TYPE_CHECKING:
     import torch
 
+_TINY: Mapping[str, Any] = {
+    "architectures": ["T5ForConditionalGeneration"],
+    "model_type": "t5",
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 72,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+    "vocab_size": 279,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 16,
+    "dropout_rate": 0.0,
+    "layer_norm_epsilon": 1e-6,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+}
 _STACKS = ("encoder.block.*", "decoder.block.*")
 _LINEARS = (
     *(f"{stack}.layer.0.SelfAttention.{part}" for stack in _STACKS for part in "qkvo"),
@@ -50,6 +70,7 @@ def register_architectures() -> list[Architecture]:
             keep_16bit=("lm_head", "wo"),
             adapt=_LINEARS,
             ties=ties,
+            tiny=_TINY,
             # transformers writes tie_word_embeddings true beside a head of its own.
             untied_if_stored=("lm_head.weight",),
             unread=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
