@@ -30,7 +30,12 @@ def table_rows(path: Path) -> Iterator[Row | BadRow]:
     DataError where a file's name has none of these endings.
     """
     for file, name in data_files(path, TABLES):
-        reader = _READERS.get(Path(unpacked_name(name.lower())).suffix)
-        if reader is None:
-            raise DataError(f"{name} ends in none of {', '.join(TABLES)} (with .gz or .zst after it, or not)")
-        yield from reader(file, name)
+        yield from read_table(file, name)
+
+
+def read_table(path: Path, name: str) -> Iterator[Row | BadRow]:
+    """As `table_rows`, of one file that errors call `name`."""
+    reader = _READERS.get(Path(unpacked_name(name.lower())).suffix)
+    if reader is None:
+        raise DataError(f"{name} ends in none of {', '.join(TABLES)} (with .gz or .zst after it, or not)")
+    yield from reader(path, name)

@@ -181,7 +181,7 @@ def test_a_thousand_mutated_files_raise_nothing_but_data_errors(tmp_path: Path) 
         json.dumps(row).encode() + b"\n" for row in ({"prompt": "é\n", "answer": "b"}, {"messages": [USER, ASSISTANT]})
     )
     sources = ((jsonl.DATASET.read, lines), (alpaca.DATASET.read, b"[\n" + ROW + b",\n" + ROW + b"\n]\n"))
-    path = tmp_path / "rows"
+    path = tmp_path / "rows.json"
     reasons: list[str] = []
     for _ in range(500):
         for read, content in sources:
@@ -192,4 +192,4 @@ def test_a_thousand_mutated_files_raise_nothing_but_data_errors(tmp_path: Path) 
             except DataError as fault:
                 reasons.append(str(fault))
     assert 500 < len(reasons) < 1000
-    assert all(reason.startswith("rows:") and "\n" not in reason for reason in reasons)
+    assert all(reason.startswith("rows.json:") and "\n" not in reason for reason in reasons)

@@ -17,6 +17,10 @@ from tests.pipe.runs import metrics, small_checkpoint
 SAMPLES: dict[str, tuple[str, int, int, list[str]]] = {
     "alpaca/alpaca_schema_from_seed_tasks_175.json": ("alpaca", 175, 175, []),
     "chip2/chip2_schema_converted.jsonl": ("chip2", 21, 21, []),
+    **{
+        f"flan_v2/cot_data/{name}_train_200.tsv": ("flan-v2", 200, 200, [])
+        for name in ("aqua", "creak", "gsm8k", "qasc", "sensemaking", "strategyqa")
+    },
     "flan_v2/flan_v2_schema_derived_360.jsonl": ("flan-v2", 360, 360, []),
     "hh_rlhf/hh_schema_from_oasst_trees.jsonl": (
         # An answer in row 69 shows a dialogue as an example, with the marker in it.
@@ -100,12 +104,12 @@ LOGIC = (
     "Here's a logic test: Mike was snowboarding on the snow and hit a piece of ice. He went much faster on the ice"
     ' because _____ is smoother. (A) snow (B) ice\n\nChoose the answer between "ice" and "snow".\n'
 )
-CHILDREN = (
+CHILDREN = [
     "How do living things have children?\nOptions:\n- (A) death\n- (B) people\n- (C) humans\n- (D) babies\n"
     "- (E) it needs them\n- (F) reproduction\n- (G) mitosis\n- (H) production",
     "Reproduction is the process by which living things give rise to offspring. Seed refers to offspring, children."
     " Living things use reproduction to have children. So the final answer is (F).",
-)
+]
 PLAY = [
     "Write a passage of a play in the style of Shakespeare that begins with Marcius speaking.",
     "MARCIUS:\nThy friend no less\nThan those she placeth highest! So, farewell.\n\n"
@@ -138,7 +142,12 @@ ROWS: list[tuple[str, str, str | None, list[str]]] = [
         "The Chernobyl nuclear power plant accident happened on April 26, 1986. It was the worst nuclear disaster in"
         " history, and it is still considered to be one of the worst man-made disasters in history.",
     ]),
-    ("flan_v2/flan_v2_schema_derived_360.jsonl", ":3", "plain", [*CHILDREN]),
+    ("flan_v2/cot_data/qasc_train_200.tsv", ":3", "plain", CHILDREN),
+    ("flan_v2/cot_data/creak_train_200.tsv", ":2", "plain", [
+        '"Marlboro used iconic imagery to promote its brand."\nIs the above claim true?\nOptions:\n- yes\n- no',
+        "Marlboro (cigarette) is used cowboys as an advertising campaign. So the final answer is yes.",
+    ]),
+    ("flan_v2/flan_v2_schema_derived_360.jsonl", ":3", "plain", CHILDREN),
     ("hh_rlhf/hh_schema_from_oasst_trees.jsonl", ":28", None, CHRISTMAS),
     ("hh_rlhf/hh_schema_from_oasst_trees.jsonl", ":65", None, CPP),
     ("longform/longform_schema_made_100.json", ":140", "plain", PLAY),
@@ -181,6 +190,15 @@ def test_a_row_becomes_what_a_reader_sees_in_it(
     assert example.form == form
     assert [message.content for message in example.messages] == said
     assert [message.role for message in example.messages] == ["user", "assistant"] * (len(said) // 2)
+
+
+def test_thoughts_become_what_was_derived_of_them(shared_data: Path) -> None:
+    folder = shared_data / "datasets" / "flan_v2"
+    dataset = find_dataset(load_plugins(), "flan-v2")
+    derived = [example.messages for example in dataset.read(folder / "flan_v2_schema_derived_360.jsonl")]
+    thoughts = {example.messages for example in dataset.read(folder / "cot_data")}
+    assert len(derived) == 360
+    assert set(derived) <= thoughts
 
 
 def test_guanacos_texts_say_what_its_prompts_and_replies_say(shared_data: Path) -> None:

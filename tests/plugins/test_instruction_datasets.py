@@ -1,14 +1,20 @@
 """What a row of each of the instruction datasets becomes, and what is said of one that can't be used: made-up rows."""
 
+import gzip
 import json
+import random
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
 
 from qlora_pipe.dataset import Dataset, Example
 from qlora_pipe.errors import DataError
+from qlora_pipe.rows import BadRow, Row
 from qlora_plugins.datasets import (
     alpaca,
     chip2,
@@ -19,6 +25,7 @@ from qlora_plugins.datasets import (
     self_instruct,
     unnatural_instructions,
 )
+from tests.hostile.fuzzed_sources import SOURCES
 
 # An example as tests write it: where it stands, its form, and who says what.
 Told = tuple[str, str | None, list[tuple[str, str]]]
@@ -71,6 +78,36 @@ def test_an_array_gives_what_its_rows_give_apart(tmp_path: Path, indent: int | N
 def test_flan_takes_inputs_and_targets(tmp_path: Path) -> None:
     row = {"inputs": " Is it?\n", "targets": " yes", "task": "boolq"}
     assert read(tmp_path, flan_v2.DATASET, row) == [pair("rows.jsonl:1", " Is it?\n", " yes")]
+
+
+def test_flans_thoughts_end_with_the_answer_that_follows_from_them(tmp_path: Path) -> None:
+    path = tmp_path / "quiz_train.tsv"
+    path.write_text(
+        'Is it "odd"?\\nOptions:\\n- yes\\n- no\tno\tEight is \\neven.\n"Quoted\tyes\tA \\\\sqrt.\none\ttwo\n'
+    )
+    row, other, bad = flan_v2.DATASET.rows(path)
+    assert isinstance(bad, BadRow)
+    assert bad.reason == "quiz_train.tsv:3: the row has 2 cells, and there are 3 columns"
+    assert isinstance(row, Row)
+    assert isinstance(other, Row)
+    assert told(map(flan_v2.example, (row, other))) == [
+        pair(
+            "quiz_train.tsv:1",
+            'Is it "odd"?\nOptions:\n- yes\n- no',
+            "Eight is \neven. So the final answer is no.",
+        ),
+        pair("quiz_train.tsv:2", '"Quoted', "A \\\\sqrt. So the final answer is yes."),
+    ]
+
+
+def test_flans_folder_may_hold_both_forms(tmp_path: Path) -> None:
+    (tmp_path / "cot").mkdir()
+    (tmp_path / "cot" / "b.tsv.gz").write_bytes(gzip.compress(b"Q\tA\tE\n"))
+    (tmp_path / "a.jsonl").write_text(json.dumps({"inputs": "I", "targets": "T"}))
+    assert told(flan_v2.DATASET.read(tmp_path)) == [
+        pair("a.jsonl:1", "I", "T"),
+        pair("cot/b.tsv.gz:1", "Q", "E So the final answer is A."),
+    ]
 
 
 def test_longform_takes_input_and_output(tmp_path: Path) -> None:
@@ -223,6 +260,32 @@ def test_a_tree_ends_with_its_last_answer_and_leaves_out_what_was_removed(tmp_pa
         tree(message("prompter", "Q", *replies), state="aborted_low_grade"),
     ]
     assert read(tmp_path, oasst1.DATASET, *rows) == [("rows.jsonl:1", None, [("user", "Q"), ("assistant", "kept")])]
+
+
+def _packed(path: Path, rows: list[Any]) -> None:
+    """Write rows as a file of the form that its name says."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".zst":
+        path.write_bytes(zstandard.compress(lines))
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress(lines))
+    else:
+        path.write_text(json.dumps(rows, indent=1))
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl.gz", ".jsonl.zst", ".parquet"])
+@pytest.mark.parametrize("name", [name for name in SOURCES if name != "jsonl"])
+def test_rows_of_any_kind_of_file_become_the_same(tmp_path: Path, name: str, ending: str) -> None:
+    source = SOURCES[name]
+    rng = random.Random(0)
+    rows = [source.rows.good(rng) for _ in range(9)]
+    path = tmp_path / f"rows{ending}"
+    _packed(path, rows)
+    wanted = [said for _, _, said in read(tmp_path, source.dataset, *rows)]
+    assert [said for _, _, said in told(source.dataset.read(path))] == wanted
+    assert len(wanted) >= len(rows)
 
 
 TASK = {"instruction": "Add.", "instances": [{"input": "", "output": "3", "instruction_with_input": "Add."}]}

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from qlora_pipe.dataset import Dataset, Example, HubFiles, Message
-from qlora_pipe.rows import Row
+from qlora_pipe.rows import Row, table_rows
 
 
 def example(row: Row) -> Example:
@@ -23,6 +23,7 @@ def example(row: Row) -> Example:
 DATASET = Dataset(
     name="alpaca",
     help="Stanford Alpaca: instruction, input and output",
+    rows=table_rows,
     example=example,
     hub=HubFiles(repo="tatsu-lab/alpaca", splits={"train": ("data/train-*.parquet",)}),
 )

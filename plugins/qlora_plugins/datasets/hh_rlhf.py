@@ -3,7 +3,7 @@
 import re
 
 from qlora_pipe.dataset import Dataset, Example, HubFiles
-from qlora_pipe.rows import Row
+from qlora_pipe.rows import Row, table_rows
 from qlora_plugins.datasets.turns import answered, turns
 
 MARKER = re.compile(r"\n\n(Human|Assistant):")
@@ -19,6 +19,7 @@ def example(row: Row) -> Example:
 DATASET = Dataset(
     name="hh-rlhf",
     help="HH-RLHF: the chosen conversation",
+    rows=table_rows,
     example=example,
     hub=HubFiles(
         repo="Anthropic/hh-rlhf",

@@ -1,7 +1,7 @@
 """LongForm (arXiv 2304.08460): an instruction, and the long text that follows it."""
 
 from qlora_pipe.dataset import Dataset, Example, HubFiles, prompt_and_answer
-from qlora_pipe.rows import Row
+from qlora_pipe.rows import Row, table_rows
 
 
 def example(row: Row) -> Example:
@@ -12,6 +12,7 @@ def example(row: Row) -> Example:
 DATASET = Dataset(
     name="longform",
     help="LongForm: input and output",
+    rows=table_rows,
     example=example,
     hub=HubFiles(
         repo="akoksal/LongForm",

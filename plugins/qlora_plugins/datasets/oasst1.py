@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 
 from qlora_pipe.dataset import Dataset, Example, HubFiles, Message, Role
-from qlora_pipe.rows import Row, kind_of
+from qlora_pipe.rows import Row, kind_of, table_rows
 from qlora_plugins.datasets.nested import nested_row, nested_rows
 from qlora_plugins.datasets.turns import turns
 
@@ -98,6 +98,7 @@ def _place(message: Row) -> tuple[bool, int]:
 DATASET = Dataset(
     name="oasst1",
     help="Open Assistant: a tree's best replies, or Guanaco's text",
+    rows=table_rows,
     example=examples,
     hub=HubFiles(
         repo="timdettmers/openassistant-guanaco",

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from qlora_pipe.dataset import Dataset, Example, HubFiles, prompt_and_answer
-from qlora_pipe.rows import Row
+from qlora_pipe.rows import Row, table_rows
 from qlora_plugins.datasets.nested import nested_rows
 
 # Written out at the end of each completion, for a model whose EOS it was; here EOS is an id that follows every answer.
@@ -37,6 +37,7 @@ def _completed(row: Row) -> Example:
 DATASET = Dataset(
     name="self-instruct",
     help="Self-Instruct: prompt and completion, or tasks with instances",
+    rows=table_rows,
     example=examples,
     # The authors' own repository holds a program and no rows.
     hub=HubFiles(

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from qlora_pipe.dataset import Dataset, Example, HubFiles, prompt_and_answer
-from qlora_pipe.rows import Row
+from qlora_pipe.rows import Row, table_rows
 from qlora_plugins.datasets.nested import nested_rows
 
 
@@ -22,6 +22,7 @@ def examples(row: Row) -> Iterator[Example]:
 DATASET = Dataset(
     name="unnatural-instructions",
     help="Unnatural Instructions: instances, and reformulations if the row has them",
+    rows=table_rows,
     example=examples,
     hub=HubFiles(repo="mrm8488/unnatural-instructions-core", splits={"train": ("data/train-*.parquet",)}),
 )
