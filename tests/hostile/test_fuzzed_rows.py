@@ -1,5 +1,6 @@
 """10,000 damaged rows of 16 classes among good ones: each is named with its reason, and the good ones are unharmed."""
 
+import json
 import random
 import re
 from collections import Counter
@@ -11,11 +12,13 @@ from typing import NamedTuple
 
 import pytest
 
+from qlora_pipe.cli import execute
 from qlora_pipe.dataset import Dataset, Example
 from qlora_pipe.errors import DataError
 from qlora_pipe.rows import BadRow
 from tests.hostile.fuzzed_sources import SOURCES, Source
 from tests.hostile.row_damage import DAMAGES, encoded
+from tests.pipe.runs import command, small_checkpoint
 
 COUNT = 10_000
 # A class whose rows are a MiB each comes once in so many rounds.
@@ -104,6 +107,33 @@ def test_bad_rows_are_named_and_good_ones_are_as_in_a_clean_file(
     record_property(
         "counted", f"fuzzed rows of {name}: {len(reasons):,} bad ones named, {len(mixed.good):,} good ones kept"
     )
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("store")
+    assert execute(["quantize", str(small_checkpoint(folder / "base")), str(folder / "store")]) == 0
+    return folder / "store"
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_good_rows_among_bad_ones_train_as_a_clean_file_would(tmp_path: Path, store: Path, name: str) -> None:
+    source = SOURCES[name]
+    mixed, clean = mix(tmp_path, name, source, count=3 * len(DAMAGES))
+    adapters = []
+    for data in (mixed.path, clean):
+        line = command(
+            "finetune", store, data=f"{source.dataset.name}:{data}", out=tmp_path / data.stem, on_bad_row="skip",
+            steps=2, batch_size=2, max_tokens=1024, rank=2, learning_rate=1e-2, device="cpu",
+        )  # fmt: skip
+        assert execute(line) == 0
+        adapters.append((tmp_path / data.stem / "final" / "adapter_model.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]
+    kept = [json.loads(line) for line in (tmp_path / "mixed" / "quarantine.jsonl").read_text().splitlines()]
+    assert len(kept) == len(mixed.bad)
+    for bad, (line_number, expected) in zip(kept, mixed.bad, strict=True):
+        assert re.match(rf"mixed\.jsonl:{line_number}: ([\w\[\]]+: )*{expected}", bad["reason"]), bad["reason"]
+    assert not (tmp_path / "clean" / "quarantine.jsonl").exists()
 
 
 def _moved(example: Example, line_of: dict[int, int]) -> Example:
