@@ -7,10 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 import pytest
-import zstandard
 
 from qlora_pipe.dataset import Dataset, Example
 from qlora_pipe.errors import DataError
@@ -26,6 +23,7 @@ from qlora_plugins.datasets import (
     unnatural_instructions,
 )
 from tests.hostile.fuzzed_sources import SOURCES
+from tests.plugins.table_files import write_table
 
 # An example as tests write it: where it stands, its form, and who says what.
 Told = tuple[str, str | None, list[tuple[str, str]]]
@@ -262,27 +260,13 @@ def test_a_tree_ends_with_its_last_answer_and_leaves_out_what_was_removed(tmp_pa
     assert read(tmp_path, oasst1.DATASET, *rows) == [("rows.jsonl:1", None, [("user", "Q"), ("assistant", "kept")])]
 
 
-def _packed(path: Path, rows: list[Any]) -> None:
-    """Write rows as a file of the form that its name says."""
-    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    if path.suffix == ".parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    elif path.suffix == ".zst":
-        path.write_bytes(zstandard.compress(lines))
-    elif path.suffix == ".gz":
-        path.write_bytes(gzip.compress(lines))
-    else:
-        path.write_text(json.dumps(rows, indent=1))
-
-
 @pytest.mark.parametrize("ending", [".json", ".jsonl.gz", ".jsonl.zst", ".parquet"])
 @pytest.mark.parametrize("name", [name for name in SOURCES if name != "jsonl"])
 def test_rows_of_any_kind_of_file_become_the_same(tmp_path: Path, name: str, ending: str) -> None:
     source = SOURCES[name]
     rng = random.Random(0)
     rows = [source.rows.good(rng) for _ in range(9)]
-    path = tmp_path / f"rows{ending}"
-    _packed(path, rows)
+    path = write_table(tmp_path / f"rows{ending}", rows)
     wanted = [said for _, _, said in read(tmp_path, source.dataset, *rows)]
     assert [said for _, _, said in told(source.dataset.read(path))] == wanted
     assert len(wanted) >= len(rows)
