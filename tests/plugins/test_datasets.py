@@ -9,23 +9,18 @@ from pathlib import Path
 import pluggy
 import pytest
 
-from qlora_pipe import hookspecs
 from qlora_pipe.data.samples import load_samples
 from qlora_pipe.data.tokenizer import Tokenizer
 from qlora_pipe.dataset import Example, Message
 from qlora_pipe.errors import DataError
-from qlora_pipe.plugins import datasets, find_dataset
+from qlora_pipe.plugins import datasets, find_dataset, plugins_of
 from qlora_plugins import datasets as plugin
 from tests.pipe.encoders import encoder_of
 
 
 @pytest.fixture
 def manager() -> pluggy.PluginManager:
-    manager = pluggy.PluginManager(hookspecs.PROJECT)
-    manager.add_hookspecs(hookspecs)
-    manager.register(plugin)
-    manager.check_pending()
-    return manager
+    return plugins_of(plugin)
 
 
 def _read(manager: pluggy.PluginManager, name: str, path: Path) -> list[Example]:
@@ -33,7 +28,7 @@ def _read(manager: pluggy.PluginManager, name: str, path: Path) -> list[Example]
 
 
 def test_datasets_come_through_the_hook(manager: pluggy.PluginManager) -> None:
-    assert {"alpaca", "jsonl", "text"} <= datasets(manager).keys()
+    assert {"csv", "hub", "jsonl", "parquet", "text"} <= datasets(manager).keys()
 
 
 def test_datasets_import_neither_torch_nor_a_tokenizer() -> None:
