@@ -13,7 +13,9 @@ from qlora_pipe.settings import read_yaml, take
 
 @click.command()
 @click.argument("base")
-@click.option("--data", metavar="NAME:PATH", help="Data to train on: a dataset's name and its file, alpaca:rows.json.")
+@click.option(
+    "--data", metavar="NAME:PATH", help="Data to train on: alpaca:rows.json; from the Hub alpaca, or hub:USER/NAME."
+)
 @click.option("--out", type=FOLDER, help="Folder of the run; run again with the same one, it goes on.")
 @options_of(FinetuneConfig)
 def finetune(base: str, data: str | None, out: Path | None, **settings: Any) -> None:

@@ -61,8 +61,9 @@ def line_to(bases: dict[str, Path], tmp_path: Path) -> Callable[..., list[str]]:
 class Places:
     """The places where a run can stop, in their order; it is made to at one of them."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, caches: Path) -> None:
         self.passed = 0
+        self._monkeypatch, self._caches = monkeypatch, (caches / str(number) for number in itertools.count())
         self._stop_at: int | None = None
 
         def check(_: StopFlag) -> None:
@@ -75,12 +76,14 @@ class Places:
     def run(self, line: list[str], *, stop_at: int | None = None) -> int:
         """Run a command, stop it at a place, and give its exit code."""
         self.passed, self._stop_at = 0, stop_at
+        # Each command reads the rows anew, so that the places are the same.
+        self._monkeypatch.setenv("QLORA_PIPE_CACHE", str(next(self._caches)))
         return execute(line)
 
 
 @pytest.fixture
-def places(monkeypatch: pytest.MonkeyPatch) -> Places:
-    return Places(monkeypatch)
+def places(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Places:
+    return Places(monkeypatch, tmp_path_factory.mktemp("caches"))
 
 
 def checkpoints(out: Path) -> list[str]:
