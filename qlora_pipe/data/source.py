@@ -1,11 +1,12 @@
 """What `NAME:PATH`, `NAME` or `hub:USER/NAME` stands for: a dataset's files, here or on the Hub, and their rows."""
 
+import dataclasses
 import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from qlora_pipe.dataset import Dataset, Example, HubFiles
 from qlora_pipe.errors import DataError, MissingInputError, NetworkError, UsageProblem
 from qlora_pipe.hub import DataListing, fetch_data, list_data
 from qlora_pipe.plugins import datasets, find_dataset
-from qlora_pipe.rows import ROWS_VERSION, BadRow, Row
+from qlora_pipe.rows import ROWS_VERSION, TABLES, BadRow, Row
+from qlora_pipe.rows.folder import has_ending
+from qlora_pipe.rows.library import library_rows
 from qlora_pipe.rows.packed_file import unpacked_name
 from qlora_pipe.settings import did_you_mean
 
@@ -35,6 +38,8 @@ class DataSource:
     """The files of the folder that are read, where it is not for the dataset to say."""
     fields: Mapping[str, str] = field(default_factory=dict)
     """What the file calls the dataset's fields: {"prompt": "question"}."""
+    split: str | None = None
+    """The split, where it is a library that finds it in the files."""
     hub: Mapping[str, str] = field(default_factory=dict)
     """`repo` and `revision`, a commit, of what comes from the Hub."""
 
@@ -83,7 +88,7 @@ class DataSource:
 
         Hexadecimal; changes whenever the same command might load other samples.
         """
-        parts = (ROWS_VERSION, self.dataset.name, sorted(self.fields.items()), self.contents, encoding)
+        parts = (ROWS_VERSION, self.dataset.name, self.split, sorted(self.fields.items()), self.contents, encoding)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     @property
@@ -168,10 +173,16 @@ def _from_hub(
     repo, folder = "/".join(parts[:2]), "/".join(parts[2:])
     listing = _listing(repo, revision=revision or None)
     safe = [name for name in listing.names if not name.startswith("/") and ".." not in name.split("/")]
-    names = [name for name in safe if not folder or name == folder or name.startswith(f"{folder}/")]
+    named = [name for name in safe if not folder or name == folder or name.startswith(f"{folder}/")]
+    names = [name for name in named if not name.endswith(".py")]
+    hub = {"repo": repo, "revision": listing.revision}
+    if not known.splits and names and not any(has_ending(name, TABLES) for name in names):
+        split = split or "train"
+        path = fetch_data(repo, listing, names) / folder
+        dataset = dataclasses.replace(dataset, rows=partial(library_rows, split=split))
+        return DataSource(dataset=dataset, path=path, fields=fields, split=split, hub=hub)
     chosen = split_files(names, known, split=split, what=f"the dataset {place}")
     path = fetch_data(repo, listing, chosen)
-    hub = {"repo": repo, "revision": listing.revision}
     return DataSource(dataset=dataset, path=path, names=tuple(chosen), fields=fields, hub=hub)
 
 

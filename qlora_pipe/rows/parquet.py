@@ -43,7 +43,7 @@ def read_parquet(path: Path, name: str) -> Iterator[Row | BadRow]:
             for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, use_threads=False):
                 for row in _values(batch):
                     number += 1
-                    yield _row(row, origin=f"{name}:row {number}")
+                    yield row_of_values(row, origin=f"{name}:row {number}")
     except (pyarrow.ArrowException, OSError) as fault:
         reason = " ".join(str(fault).split())[:200]
         raise DataError(f"{name} cannot be read as parquet after row {number}: {reason}") from fault
@@ -73,7 +73,8 @@ def _values(batch: Any) -> Iterator[dict[str, Any] | str]:
             yield row
 
 
-def _row(values: dict[str, Any] | str, *, origin: str) -> Row | BadRow:
+def row_of_values(values: dict[str, Any] | str, *, origin: str) -> Row | BadRow:
+    """Make a row of the values that a library gives, or a bad one of what is wrong with it."""
     if isinstance(values, str):
         return BadRow(reason=f"{origin}: {values}", raw=b"")
     fields = {column: _json_value(value) for column, value in values.items()}

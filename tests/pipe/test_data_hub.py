@@ -2,16 +2,18 @@
 
 import gzip
 import json
+import sys
 from pathlib import Path
 
 import pluggy
+import pyarrow
 import pytest
 from huggingface_hub import constants
 
 from qlora_pipe import hookspecs
 from qlora_pipe.data.source import DataSource, find_source
 from qlora_pipe.dataset import ANY_REPOSITORY, Dataset, Example, HubFiles, prompt_and_answer
-from qlora_pipe.errors import DataError, MissingInputError, NetworkError, QlorapipeError, UsageProblem
+from qlora_pipe.errors import ConfigError, DataError, MissingInputError, NetworkError, QlorapipeError, UsageProblem
 from qlora_pipe.rows import BadRow, Row, table_rows
 from tests.hub_server import HubServer, closed_port
 
@@ -120,7 +122,7 @@ def test_any_repository_s_split_is_found_by_the_words_in_its_names(
         (["a/train.csv", "b/train.csv"], None, DataError, "in several folders ('a', 'b')"),
         (["train.csv", "train.parquet"], None, DataError, "as .csv and .parquet, which may be the same rows again"),
         (["train.csv", "test.csv"], "tset", UsageProblem, "has no split 'tset', did you mean 'test'?"),
-        (["a.bin", "data.py"], None, DataError, "the dataset someone/riddles holds no file that ends in .jsonl, "),
+        (["data.py"], None, DataError, "the dataset someone/riddles holds no file that ends in .jsonl, "),
         (["../train.csv", "/train.csv"], None, DataError, "holds no file that ends in .jsonl"),
     ],
 )
@@ -137,6 +139,27 @@ def test_files_that_may_not_be_one_set_of_rows_are_refused(
     with pytest.raises(kind) as caught:
         find_source("hub:someone/riddles", manager=manager, split=split)
     assert words in str(caught.value)
+
+
+def test_files_that_are_no_tables_are_left_to_the_datasets_library(
+    hub: HubServer, manager: pluggy.PluginManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = pyarrow.table({"prompt": ["a", "b"], "answer": ["c", "d"], "turns": [[1], None]})
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    hub.add(REPO, {"data/train.arrow": sink.getvalue().to_pybytes(), "riddles.py": b"raise SystemExit(3)"})
+    source = find_source("hub:someone/riddles", manager=manager)
+    assert _answers(source) == ["c", "d"]
+    first = next(source.read())
+    assert not isinstance(first, BadRow)
+    assert (first[0].fields["turns"], first[0].origin) == ([1], f"{source.path.name}:row 1")
+    assert hub.count(r"GET .*\.py$") == 0
+    with pytest.raises(UsageProblem, match=r"has no split 'test' \(there are: train\)$"):
+        _answers(find_source("hub:someone/riddles", manager=manager, split="test"))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ConfigError, match=r"is read by the datasets library: pip install 'qlora-pipe\[data\]'$"):
+        _answers(source)
 
 
 def test_a_split_that_the_dataset_does_not_name_is_a_usage_problem(
