@@ -108,8 +108,7 @@ def find_source(
     """Read `NAME:PATH`, or `NAME[@REVISION]` for what lies on the Hub, and fetch the latter.
 
     `fields` are what the file calls the dataset's own: {"prompt": "question"}. UsageProblem for another form, or a
-    dataset, split or field that there is not;
-    MissingInputError for a path that is not, and the errors of the Hub.
+    dataset, split or field that there is not; MissingInputError for a path that is not; and the errors of the Hub.
     """
     name, colon, place = spec.partition(":")
     name, _, revision = name.partition("@") if not colon else (name, "", "")

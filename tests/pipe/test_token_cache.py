@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -285,6 +286,25 @@ def test_one_that_waits_can_be_stopped_and_goes_on_where_the_first_gives_up(rows
     found = _load(rows, kept, check=leave.set)
     thread.join()
     assert found.tokenised == 700
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
+    peaks = []
+    for count in (64, 256):
+        rows = _write(tmp_path / f"{count}.jsonl", *("x" * 40_000 for _ in range(count)))
+        tracemalloc.start()
+        for _ in range(2):
+            samples = _load(rows, tmp_path / "kept").samples
+            train, held_out = split_held_out(samples, share=0.1, seed=0)
+            stream = Stream(train, seed=0, row_tokens=50_000)
+            for position in range(0, 64, 2):
+                stream.batch(position, rows=2)
+            for _ in eval_batches(held_out, batch_size=2):
+                pass
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    # Four times the text, 8 MB more of it.
+    assert peaks[1] < peaks[0] + 200_000
 
 
 BAD = "".join(
