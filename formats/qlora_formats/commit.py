@@ -95,8 +95,13 @@ class PartialFolder:
 
     def abandon(self) -> None:
         """Remove all of it: for what nobody will go on with, such as a cache."""
-        for path in (*temporaries(self.path), *(self.path / name for name in (*self.done, MANIFEST, JOURNAL))):
+        for path in temporaries(self.path):
             disk.remove(path)
+        if not (self.path / JOURNAL).exists():
+            # It proves that the rest is ours.
+            _replace(self.path / JOURNAL, self._journal.to_bytes())
+        for name in (MANIFEST, *self.done, JOURNAL):
+            disk.remove(self.path / name)
         disk.remove_empty_folder(self.path)
 
     def finish(self, fields: Mapping[str, Any] | None = None, *, inputs: Mapping[str, Any] | None = None) -> Manifest:

@@ -271,6 +271,35 @@ def test_restart_drops_what_a_run_stopped_anywhere_has_left(world: World, tmp_pa
     assert stopped > 50
 
 
+@pytest.mark.parametrize("finishing", [False, True])
+def test_what_is_abandoned_is_gone_and_a_stop_on_the_way_can_be_restarted(
+    world: World, tmp_path: Path, finishing: bool
+) -> None:
+    def give_up(target: Path, moment: int) -> None:
+        world.arm(-1)
+        with commit_folder(target, kind="samples", inputs=INPUTS, restart=True) as folder:
+            folder.write("one.bin", b"1")
+            with contextlib.suppress(Stop), folder.create("two.bin") as writer:
+                writer.write(b"2")
+                raise Stop
+            if finishing:
+                # As where the last step of all is refused.
+                manifest = Manifest.build(kind="samples", inputs=INPUTS, files=folder.done, fields={})
+                (folder.path / MANIFEST).write_bytes(manifest.to_bytes())
+                (folder.path / "journal.jsonl").unlink()
+            world.arm(moment)
+            folder.abandon()
+
+    give_up(tmp_path / "whole" / "out", -1)
+    assert list((tmp_path / "whole").iterdir()) == []
+    for moment in range(world.moment):
+        target = tmp_path / str(moment) / "out"
+        with pytest.raises(Stop):
+            give_up(target, moment)
+        give_up(target, -1)
+        assert list(target.parent.iterdir()) == []
+
+
 def test_restart_itself_can_be_stopped_anywhere(world: World, tmp_path: Path) -> None:
     def run(target: Path, inputs: dict[str, int]) -> None:
         with commit_folder(target, kind="training", inputs=inputs, restart=True) as folder:
