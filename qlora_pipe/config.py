@@ -60,14 +60,54 @@ class QuantizeConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FinetuneConfig:
+class DataConfig:
+    """How rows become samples and batches: what `finetune` and `preview` are told alike."""
+
+    batch_size: int = setting(16, "Samples in one forward pass; rows, where they are packed.", at_least=1)
+    max_tokens: int = setting(512, "Longest sample, in tokens; longer ones are cut and counted.", at_least=2)
+    pack: bool = setting(
+        False,
+        "Put several samples into each row of at most max_tokens tokens, so that little is padded; none sees another.",
+    )
+    split: str | None = setting(
+        None,
+        "Part of the data's files, such as train or test; none takes the first on the Hub, all of a folder here.",
+    )
+    map: tuple[str, ...] = setting(
+        (), "What the data calls fields that may have other names, such as prompt=question,answer=reply; repeatable.",
+        entry="OWN=THEIRS",
+    )  # fmt: skip
+    template: str = setting(
+        "auto",
+        "Chat template: auto (the form that rows are written for, else the checkpoint's own, else guanaco), checkpoint,"
+        " a name that `qlora-pipe plugins` lists, or a file that ends in .jinja.",
+    )
+    train_on: Literal["answers", "all", "last"] = setting(
+        "answers", "What of a conversation is trained: every answer, all of it, or the last answer."
+    )
+    seed: int = setting(0, "Seed of the adapter's start, the order of samples and dropout.", at_least=0, at_most=_SEEDS)
+
+    @property
+    def row_tokens(self) -> int | None:
+        """The most tokens in a row of several samples; None where each sample is a row."""
+        return self.max_tokens if self.pack else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreviewConfig(DataConfig):
+    """Settings of `preview`."""
+
+    rows: int = setting(3, "Samples to print.", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinetuneConfig(DataConfig):
     """Settings of `finetune`; the defaults are the QLoRA paper's recipe for 7B and 13B (arXiv 2305.14314)."""
 
     EXCLUSIVE: ClassVar = (("held_out", "eval_data"), ("held_out", "eval_split"))
     """Settings of which one at most may be given."""
 
     steps: int = setting(1875, "Optimizer steps.", at_least=1)
-    batch_size: int = setting(16, "Samples in one forward pass; rows, where they are packed.", at_least=1)
     accumulate: int = setting(1, "Forward passes per optimizer step.", at_least=1)
     learning_rate: float = setting(2e-4, "Learning rate of AdamW, constant after the warm-up.", above=0)
     warmup_steps: int = setting(0, "Steps in which the learning rate rises linearly from zero.", at_least=0)
@@ -83,29 +123,8 @@ class FinetuneConfig:
     rank: int = setting(64, "Rank of the LoRA adapters.", at_least=1)
     alpha: float = setting(16.0, "LoRA's alpha: the adapter's product is scaled by alpha / rank.", above=0)
     dropout: float = setting(0.1, "Share of each adapter's inputs that is dropped in training.", at_least=0, below=1)
-    max_tokens: int = setting(512, "Longest sample, in tokens; longer ones are cut and counted.", at_least=2)
-    pack: bool = setting(
-        False,
-        "Put several samples into each row of at most max_tokens tokens, so that little is padded; none sees another.",
-    )
-    split: str | None = setting(
-        None,
-        "Part of the data's files, such as train or test; none takes the first on the Hub, all of a folder here.",
-    )
-    map: tuple[str, ...] = setting(
-        (), "What the data calls fields that may have other names, such as prompt=question,answer=reply; repeatable.",
-        entry="OWN=THEIRS",
-    )  # fmt: skip
     on_bad_row: Literal["fail", "skip"] = setting(
         "fail", "What to do at a row that can't be used: end, or keep it in OUT/quarantine.jsonl and go on."
-    )
-    template: str = setting(
-        "auto",
-        "Chat template: auto (the form that rows are written for, else the checkpoint's own, else guanaco), checkpoint,"
-        " a name that `qlora-pipe plugins` lists, or a file that ends in .jinja.",
-    )
-    train_on: Literal["answers", "all", "last"] = setting(
-        "answers", "What of a conversation is trained: every answer, all of it, or the last answer."
     )
     held_out: float = setting(0.1, "Share of the samples kept for evaluation.", at_least=0, below=1)
     eval_data: str | None = setting(None, "Data to evaluate on, NAME:PATH, in place of a held-out share.")
@@ -118,7 +137,6 @@ class FinetuneConfig:
     )  # fmt: skip
     eval_every: int = setting(0, "Steps between evaluations; 0 evaluates at the start and the end only.", at_least=0)
     adapter: str | None = setting(None, "Go on from this adapter: a folder or a Hub id.")
-    seed: int = setting(0, "Seed of the adapter's start, the order of samples and dropout.", at_least=0, at_most=_SEEDS)
     save_every: int = setting(100, "Steps between checkpoints; 0 saves at the end and on a signal only.", at_least=0)
     dtype: DType = setting("auto", "Compute in this type: auto is bfloat16 on a GPU that has it, float32 on a CPU.")
     device: Device = setting("auto", "Where to compute: auto is the GPU if there is one.")
@@ -135,11 +153,6 @@ class FinetuneConfig:
         0, "CPU threads; 0 leaves torch's own choice. The last bits of a run depend on it.", at_least=0
     )
     load: Load = setting("mmap", "Map the model's files, or read them: the better way for a network disk.")
-
-    @property
-    def row_tokens(self) -> int | None:
-        """The most tokens in a row of several samples; None where each sample is a row."""
-        return self.max_tokens if self.pack else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,9 @@ from qlora_formats.errors import CommitError, FormatError
 from qlora_pipe.errors import QlorapipeError
 
 # In the order a newcomer meets them; each is a module of this package with a click command of the same name.
-COMMANDS = ("quantize", "finetune", "merge", "generate", "export", "run", "inspect", "verify", "plugins", "demo")
+COMMANDS = (
+    "quantize", "preview", "finetune", "merge", "generate", "export", "run", "inspect", "verify", "plugins", "demo"
+)  # fmt: skip
 _COMMIT_CODES = {"conflict": 73, "locked": 75, "disk": 74}
 
 

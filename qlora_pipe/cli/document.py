@@ -15,11 +15,11 @@ import click
 from qlora_formats.commit import write_file
 from qlora_pipe.cli import COMMANDS, qlora_pipe
 from qlora_pipe.cli.options import describe_setting
-from qlora_pipe.config import ExportConfig, FinetuneConfig, GenerateConfig, MergeConfig, QuantizeConfig
+from qlora_pipe.config import ExportConfig, FinetuneConfig, GenerateConfig, MergeConfig, PreviewConfig, QuantizeConfig
 from qlora_pipe.plugins import list_plugins, load_plugins
 from qlora_pipe.skeleton.writing import EXAMPLES, plugin_files
 
-CONFIGS = (QuantizeConfig, FinetuneConfig, MergeConfig, GenerateConfig, ExportConfig)
+CONFIGS = (QuantizeConfig, PreviewConfig, FinetuneConfig, MergeConfig, GenerateConfig, ExportConfig)
 DISTRIBUTION = "qlora-pipe"
 _WIDTH = 100
 _BEGIN, _END = "<!-- made by `make docs` -->\n", "<!-- end of what is made -->\n"

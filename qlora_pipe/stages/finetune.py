@@ -11,21 +11,18 @@ from qlora_formats.adapter import write_adapter
 from qlora_formats.adapter_config import AdapterConfig
 from qlora_formats.commit import AppendFile, PartialFolder, commit_folder
 from qlora_formats.target import finished
-from qlora_pipe.architecture import Architecture
 from qlora_pipe.artifacts import Adapter, Checkpoint, QuantizedCheckpoint, Run, missing_part, open_model
 from qlora_pipe.config import FinetuneConfig
 from qlora_pipe.data.encode import Encoder, Sample
 from qlora_pipe.data.place import cache_folder
-from qlora_pipe.data.render import FROZEN_NOW
 from qlora_pipe.data.samples import SampleSet, load_samples, split_held_out
 from qlora_pipe.data.source import DataSource
-from qlora_pipe.data.templates import TEMPLATE_FILE, Templates
-from qlora_pipe.data.tokenizer import Tokenizer
+from qlora_pipe.data.templates import TEMPLATE_FILE
 from qlora_pipe.errors import ConfigError, NonFiniteError
 from qlora_pipe.nn.adapt import pairs_of
 from qlora_pipe.nn.loaded import LoadedModel
-from qlora_pipe.nn.seq2seq import start_id_of
 from qlora_pipe.plugins import find_architecture
+from qlora_pipe.stages.encoder import encoder_of
 from qlora_pipe.stages.load import choose_device, choose_dtype, load, note_slow_kernels
 from qlora_pipe.train.estimate import step_bytes
 from qlora_pipe.train.memory import keep_freed_memory
@@ -55,9 +52,7 @@ def finetune(
     with stop_flag() as stop:
         base = open_model(request.base, load=config.load, note=note)
         architecture = find_architecture(manager, base.config.get("model_type"), config=base.config)
-        if config.pack and not architecture.packs:
-            raise ConfigError(f"models of the family {architecture.name} cannot be trained with --pack; leave it out.")
-        encoder = _encoder(base, architecture, config, manager=manager, note=note)
+        encoder = encoder_of(base, architecture, config, manager=manager, note=note)
         start = Adapter.open(config.adapter, load=config.load) if config.adapter else None
         _check_start(base, start, note=note)
         device = choose_device(config.device)
@@ -116,30 +111,6 @@ def finetune(
                 progress=session.state.progress,
             )  # fmt: skip
     return run
-
-
-def _encoder(
-    base: Checkpoint | QuantizedCheckpoint,
-    architecture: Architecture,
-    config: FinetuneConfig,
-    *,
-    manager: pluggy.PluginManager,
-    note: Callable[[str], None],
-) -> Encoder:
-    """Say how examples become samples of this model."""
-    tokenizer = Tokenizer.open(base.path)
-    templates = Templates.open(base.path, tokenizer, choice=config.template, manager=manager)
-    if templates.names_the_day:
-        note(f"the chat template asks for today's date; it is always told {FROZEN_NOW:%d %B %Y}.")
-    start_id = start_id_of(base.config) if architecture.kind == "seq2seq" else None
-    return Encoder(
-        tokenizer=tokenizer,
-        max_tokens=config.max_tokens,
-        templates=templates,
-        train_on=config.train_on,
-        kind=architecture.kind,
-        start_id=start_id,
-    )
 
 
 def _check_start(base: Checkpoint | QuantizedCheckpoint, start: Adapter | None, *, note: Callable[[str], None]) -> None:
