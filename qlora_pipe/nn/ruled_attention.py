@@ -216,11 +216,11 @@ def _blocks(n_queries: int, n_keys: int, window: int | None, device: torch.devic
     return make(sees, None, None, n_queries, n_keys, device=device)
 
 
-# Every layer asks for those of its batch, and each batch of a window may be at the same layer.
-@lru_cache(maxsize=64)
+# Every layer asks for those of its batch, and all batches of a window may be at the same layer.
+@lru_cache(maxsize=32)
 def _packed_blocks(packing: Packing, window: int | None, compiled: bool) -> BlockMask:
     """The same for packed rows, in which no sample sees another."""
-    sample_BT = (packing.positions == 0).cumsum(-1)
+    sample_BT = (packing.positions == 0).cumsum(-1, dtype=torch.int32)
     n_rows, width = sample_BT.shape
     reach = torch.full((), width if window is None else window, device=sample_BT.device)
 
