@@ -144,8 +144,6 @@ class StepCache:
         scores: Scores = PLAIN,
     ) -> Tensor:
         """Attend from one token to itself and the filled positions."""
-        if scores != PLAIN:
-            raise NotImplementedError("a step attends to all that is filled, by plain scores")
         return decode_attention(
             queries,
             keys,
