@@ -12,6 +12,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "qlora-pipe-gemma2"
+# In one process, since each imports torch.
+QUANTIZE = """
+import sys
+from pathlib import Path
+from qlora_pipe.cli import execute
+from qlora_pipe.testing import tiny_checkpoint
+
+tiny_checkpoint(Path("base"), family="gemma2")
+sys.exit(execute(["quantize", "base", "store"]))
+"""
 
 
 class Environment:
@@ -71,12 +81,11 @@ def test_a_plugin_is_installed_tested_used_and_removed_as_a_strangers_would_be(t
         "help": "reads model_type gemma2",
     }
 
-    write = "from pathlib import Path; from checkpoints import checkpoint; checkpoint(Path('../base'))"
-    succeeded(environment.run("-c", write, cwd=example / "tests"))
-    succeeded(environment.run("-m", "qlora_pipe", "quantize", example / "base", tmp_path / "store"))
+    succeeded(environment.run("-c", QUANTIZE, cwd=tmp_path))
+    assert json.loads((tmp_path / "store" / "config.json").read_text())["model_type"] == "gemma2"
 
     succeeded(environment.run("-m", "pip", "uninstall", "--yes", "qlora-pipe-gemma2"))
-    refused = environment.run("-m", "qlora_pipe", "quantize", example / "base", tmp_path / "again")
+    refused = environment.run("-m", "qlora_pipe", "quantize", tmp_path / "base", tmp_path / "again")
     assert refused.returncode != 0
     said = refused.stderr.replace("\n", " ")
     assert "no installed plugin reads model_type 'gemma2' (installed: " in said

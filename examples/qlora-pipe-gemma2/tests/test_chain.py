@@ -15,7 +15,7 @@ from qlora_pipe.cli import execute
 from qlora_pipe.nn.loaded import LoadedModel
 from qlora_pipe.plugins import find_architecture, load_plugins
 from qlora_pipe.stages.load import load
-from qlora_pipe_gemma2 import ARCHITECTURE, TINY, register_architectures
+from qlora_pipe_gemma2 import ARCHITECTURE, register_architectures
 
 CPU = torch.device("cpu")
 
@@ -39,7 +39,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def some_ids(*shape: int) -> Tensor:
-    return torch.randint(TINY["vocab_size"], shape, generator=torch.Generator().manual_seed(sum(shape)))
+    return torch.randint(ARCHITECTURE.tiny["vocab_size"], shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 def with_adapter(base: Path, adapter: Path) -> LoadedModel:

@@ -14,7 +14,7 @@ from torch import Tensor
 from qlora_pipe.errors import ConfigError
 from qlora_pipe.generate import generate
 from qlora_pipe.generate.graph import CapturedSteps
-from qlora_pipe_gemma2 import ARCHITECTURE, TINY
+from qlora_pipe_gemma2 import ARCHITECTURE
 
 BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-9}
 LAYERS = {"sliding": "sliding_attention", "full": "full_attention"}
@@ -37,10 +37,10 @@ def random_config(seed: int) -> dict[str, Any]:
         "rope_theta": draw.choice([500.0, 10000.0]),
         "attention_bias": draw.random() < 0.5,
         "tie_word_embeddings": draw.random() < 0.5,
-        "query_pre_attn_scalar": draw.choice([3, 12, 144]),
+        "query_pre_attn_scalar": draw.choice([8, 12, 144]),
         "sliding_window": draw.choice([1, 5, 36, 37, 4096]),
         "attn_logit_softcapping": draw.choice([1.0, 50.0, None]),
-        "final_logit_softcapping": draw.choice([1.0, 30.0, None]),
+        "final_logit_softcapping": draw.choice([5.0, 30.0, None]),
     }
 
 
@@ -58,12 +58,12 @@ def assert_same_logits(folder: Path, ids: Tensor, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(8))
 def test_random_models_give_the_logits_of_transformers(tmp_path: Path, seed: int, dtype: torch.dtype) -> None:
     assert_same_logits(checkpoint(tmp_path, seed=seed, **random_config(seed)), some_ids(3, 37), dtype)
 
 
-@pytest.mark.parametrize("window", [1, 8, 36, 37, 38])
+@pytest.mark.parametrize("window", [1, 8, 37])
 @pytest.mark.parametrize("kinds", [("full", "sliding"), ("sliding", "sliding"), ("full", "full")], ids="-".join)
 def test_each_layer_sees_what_its_kind_says(tmp_path: Path, kinds: tuple[str, str], window: int) -> None:
     layers = [LAYERS[kind] for kind in kinds]
@@ -108,16 +108,16 @@ def test_greedy_tokens_are_those_of_transformers_however_they_are_made(tmp_path:
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"layer_types": ["full_attention"]}, "a list of 2 times sliding_attention or full_attention"),
-    ({"layer_types": "full_attention"}, "a list of 2 times sliding_attention or full_attention"),
-    ({"layer_types": ["full_attention", {}]}, "a list of 2 times sliding_attention or full_attention"),
+    ({"layer_types": ["full_attention"]}, "a list of 2, each one of sliding_attention, full_attention"),
+    ({"layer_types": "full_attention"}, "a list of 2, each one of sliding_attention, full_attention"),
+    ({"layer_types": ["full_attention", {}]}, "a list of 2, each one of sliding_attention, full_attention"),
     ({"sliding_window": 0}, '"sliding_window" is 0; it must be a whole number from 1'),
     ({"attn_logit_softcapping": 0}, '"attn_logit_softcapping" is 0; it must be a finite number above 0'),
     ({"final_logit_softcapping": math.nan}, '"final_logit_softcapping" is nan'),
     ({"query_pre_attn_scalar": -1}, '"query_pre_attn_scalar" is -1'),
     ({"head_dim": 7}, '"head_dim" is 7; it must be even'),
     ({"num_key_value_heads": 3}, "a divisor of num_attention_heads, which is 4"),
-    ({"hidden_activation": "silu"}, "it must be one of gelu_pytorch_tanh, gelu"),
+    ({"hidden_activation": "tanh"}, "\"hidden_activation\" is 'tanh'; it must be one of"),
     ({"use_bidirectional_attention": True}, "false: a position sees only those before it here"),
 ]
 
@@ -125,12 +125,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("overrides", "said"), WRONG, ids=[str(wrong) for wrong, _ in WRONG])
 def test_a_config_that_cannot_be_built_is_refused_by_its_field(overrides: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        ARCHITECTURE.build({**TINY, **overrides})
+        ARCHITECTURE.build({**ARCHITECTURE.tiny, **overrides})
 
 
 def test_absent_fields_have_the_values_of_the_format_and_null_turns_a_cap_off() -> None:
     absent = ("query_pre_attn_scalar", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
-    config = {name: value for name, value in TINY.items() if name not in absent}
+    config = {name: value for name, value in ARCHITECTURE.tiny.items() if name not in absent}
     with torch.device("meta"):
         model: Any = ARCHITECTURE.build(config)
         uncapped: Any = ARCHITECTURE.build({**config, "attn_logit_softcapping": None, "final_logit_softcapping": None})

@@ -1,11 +1,12 @@
 """Gemma 2: what is quantised and adapted of it. The modules are in model.py, imported when one is built."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qlora_pipe.architecture import Architecture
 from qlora_pipe.hookspecs import hookimpl
-from qlora_pipe.nn.fields import Fields
+from qlora_pipe.nn.sizes import tied_head
 
 if TYPE_CHECKING:
     import torch
@@ -17,16 +18,10 @@ def build(config: Mapping[str, Any]) -> "torch.nn.Module":
     """Make the model a config.json describes; ConfigError names a field that it can't take."""
     from qlora_pipe_gemma2.model import Gemma2, Gemma2Config
 
-    return Gemma2(Gemma2Config.read(config))
+    return Gemma2(Gemma2Config.of(config))
 
 
-def ties(config: Mapping[str, Any]) -> Mapping[str, str]:
-    """Say whether the head shares the embedding's storage: unless a config says otherwise it does."""
-    tied = Fields(config).flag("tie_word_embeddings", default=True)
-    return {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}
-
-
-TINY: Mapping[str, Any] = {
+_TINY: Mapping[str, Any] = {
     "architectures": ["Gemma2ForCausalLM"],
     "model_type": "gemma2",
     "hidden_size": 32,
@@ -62,7 +57,9 @@ ARCHITECTURE = Architecture(
     keep_16bit=("lm_head",),
     adapt=_LINEARS,
     packs=True,
-    ties=ties,
+    # Unless a config says otherwise.
+    ties=partial(tied_head, default=True),
+    tiny=_TINY,
 )
 
 
