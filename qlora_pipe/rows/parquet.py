@@ -14,6 +14,7 @@ from qlora_pipe.rows.packed_file import PACKED
 from qlora_pipe.rows.row import MAX_ROW_BYTES, TOO_LONG, BadRow, Row, quoted
 
 _ROWS_AT_ONCE = 256
+_READ_BYTES = 1 << 20
 
 
 def parquet_rows(path: Path) -> Iterator[Row | BadRow]:
@@ -37,8 +38,8 @@ def read_parquet(path: Path, name: str) -> Iterator[Row | BadRow]:
         raise ConfigError(f"{name} is read by the pyarrow library: pip install 'qlora-pipe[data]'") from fault
     number = 0
     try:
-        # Nothing is fetched ahead: a row group's columns would stay in memory whole.
-        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, memory_map=False) as file:
+        # Read in pieces, and nothing ahead: else the columns of a row group, which may be all there is, lie in memory.
+        with pyarrow.parquet.ParquetFile(path, buffer_size=_READ_BYTES, pre_buffer=False) as file:
             _check_names(file.schema_arrow.names, name)
             for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, use_threads=False):
                 for row in _values(batch):

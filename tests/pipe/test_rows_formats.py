@@ -292,6 +292,25 @@ def test_parquet_gives_json_like_values_and_numbered_rows(tmp_path: Path) -> Non
     ]
 
 
+def test_a_row_group_of_any_size_is_read_in_a_few_mebibytes(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    texts = [random.Random(number).randbytes(2000).hex() for number in range(8000)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, use_dictionary=False)
+    assert pyarrow.parquet.ParquetFile(path).num_row_groups == 1
+    assert path.stat().st_size > 30 << 20
+    code = (
+        "from pathlib import Path; import pyarrow; from qlora_pipe.rows import parquet_rows\n"
+        f"count = sum(1 for _ in parquet_rows(Path({str(path)!r})))\n"
+        "print(count, pyarrow.default_memory_pool().max_memory())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}, capture_output=True, text=True, check=True
+    )
+    count, peak = map(int, done.stdout.split())
+    assert count == 8000
+    assert peak < 16 << 20
+
+
 def test_a_bad_row_of_a_parquet_file_is_named_and_the_others_are_read(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     texts = pyarrow.array([b"a", b"\xc3(", b"b" * (MAX_ROW_BYTES + 1), b"c"]).cast(pyarrow.string(), safe=False)
