@@ -10,7 +10,6 @@ from qlora_formats.checkpoint import CheckpointFolder
 from qlora_formats.hashing import hash_files
 from qlora_formats.loading import Load, network_mount
 from qlora_formats.store import Store
-from qlora_formats.strict_json import read_object
 from qlora_pipe.hub import Resolved, resolve
 
 # The parts of an identity that say what the weights are.
@@ -103,13 +102,6 @@ class Model:
     def tokenizer_files(self) -> list[Path]:
         """The files from which tokenizers are made, in a fixed order."""
         return [path for path in self.weights.carried_files() if path.name.startswith(_TOKENIZER)]
-
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether the folder says how it wants conversations to be written."""
-        config = self.path / "tokenizer_config.json"
-        inside = config.is_file() and "chat_template" in read_object(config)
-        return inside or any(self.path.glob("chat_template.*"))
 
     @property
     def hub_name(self) -> str | None:

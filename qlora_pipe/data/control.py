@@ -66,6 +66,7 @@ class ControlTokens:
             raise ConfigError(
                 f"the tokenizer has {len(tokenizer.control):,} control tokens, and {len(SIGNS):,} can be told apart."
             )
+        self.tokenizer = tokenizer
         self._sign_of = {name: chr(sign) for name, sign in zip(sorted(tokenizer.control), SIGNS, strict=False)}
         content = json.loads(tokenizer.inner.to_str())
         _rename(content, self._sign_of, ids=tokenizer.inner.get_vocab(with_added_tokens=True))

@@ -16,12 +16,12 @@ from qlora_pipe.confined import Limits, run_confined
 from qlora_pipe.data.render import MAX_SOURCE_BYTES, Answer, Rendered, Renderer, Span, TemplateRefusal, TrainOn, Turn
 from qlora_pipe.data.tokenizer import Tokenizer
 from qlora_pipe.errors import ConfigError, DataError, MissingInputError
-from qlora_pipe.plugins import chat_templates
+from qlora_pipe.plugins import RESERVED_TEMPLATES, chat_templates
 
 TEMPLATE_FILE = "chat_template.jinja"
 DEFAULT_FORM = "guanaco"
 
-_LIMITS = Limits(memory_bytes=512 * 2**20, cpu_seconds=8, wait_seconds=60, output_bytes=256 * 2**20)
+LIMITS = Limits(memory_bytes=512 * 2**20, cpu_seconds=8, wait_seconds=60, output_bytes=256 * 2**20)
 # A process' share of the work, in turns that are rendered: large enough that its start, a tenth of a second, does not
 # count, and a tenth of what its limit of time allows.
 _MOST_TURNS = 60_000
@@ -62,7 +62,8 @@ class Templates:
         `choice` is "auto", "checkpoint", a registered name, or a path that ends in .jinja. ConfigError where the
         folder's template or the choice is not usable, MissingInputError for a file that is not there.
         """
-        own = checkpoint_template(Path(folder))
+        # A template that is not asked for may be as broken as it likes.
+        own = checkpoint_template(Path(folder)) if choice in RESERVED_TEMPLATES else None
         installed = {name: _installed(template) for name, template in chat_templates(manager).items()}
         chosen: Template | None = None
         if choice == "checkpoint":
@@ -142,7 +143,7 @@ class Templates:
         }
         what = f"the chat template {template.name} cannot be used"
         answer = bytearray()
-        run_confined(_TASK, request, what=what, limits=_LIMITS, write=answer.extend)
+        run_confined(_TASK, request, what=what, limits=LIMITS, write=answer.extend)
         try:
             found = [_checked(item, turns) for item, turns in zip(json.loads(answer), conversations, strict=True)]
         except (ValueError, TypeError, RecursionError) as fault:

@@ -1,5 +1,6 @@
 """Which template is chosen, where a checkpoint's own is found, and what a stranger's may not do."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 
 from qlora_pipe.confined import ConfinedError
+from qlora_pipe.data import templates
 from qlora_pipe.data.render import Rendered, Turn
 from qlora_pipe.data.templates import Template, Templates, checkpoint_template
 from qlora_pipe.data.tokenizer import Tokenizer
@@ -89,9 +91,9 @@ def test_a_choice_holds_for_every_row(folder: Path, tmp_path: Path) -> None:
     _configured(folder, "own")
     (tmp_path / "mine.jinja").write_text("mine")
     for choice, source in (("checkpoint", "own"), (str(tmp_path / "mine.jinja"), "mine")):
-        templates = _open(folder, choice)
-        assert [templates.find(form).source for form in (None, "plain", "nothing")] == [source] * 3
-        assert templates.sources == [("", source)]
+        found = _open(folder, choice)
+        assert [found.find(form).source for form in (None, "plain", "nothing")] == [source] * 3
+        assert found.sources == [("", source)]
     assert _open(folder, "chatml").find("plain").name == "chatml"
 
 
@@ -121,9 +123,9 @@ def test_a_file_that_is_no_text_or_too_long_is_an_error(folder: Path) -> None:
 
 
 def _render(source: str, conversations: list[list[Turn]] = [TURNS], *, installed: bool = False) -> list[Rendered | str]:  # noqa: B006
-    templates = Templates(chosen=None, own=None, installed={}, variables={"eos_token": "</s>"})
+    found = Templates(chosen=None, own=None, installed={}, variables={"eos_token": "</s>"})
     template = Template(name="bad.jinja", source=source, installed=installed)
-    return list(templates.render(template, conversations, train_on="answers"))
+    return list(found.render(template, conversations, train_on="answers"))
 
 
 def _refused(source: str) -> str:
@@ -146,7 +148,7 @@ def test_a_stranger_renders_what_a_plugin_does_row_by_row() -> None:
     [
         (
             "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-            "more than 8 s of computing",
+            "more than 1 s of computing",
         ),
         ("{{ 'a' * 10**9 }}", "it needs more than the 512 MiB of memory that it may use"),
         ("{{ '%1000000000d' % 1 }}", "it needs more than the 512 MiB of memory that it may use"),
@@ -157,7 +159,10 @@ def test_a_stranger_renders_what_a_plugin_does_row_by_row() -> None:
     ],
     ids=["nested loop", "long text", "wide number", "filters", "brackets", "no condition", "open text"],
 )
-def test_a_template_that_takes_too_much_or_is_none_ends_in_one_sentence(source: str, reason: str) -> None:
+def test_a_template_that_takes_too_much_or_is_none_ends_in_one_sentence(
+    source: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(templates, "LIMITS", dataclasses.replace(templates.LIMITS, cpu_seconds=1))
     said = _refused(source)
     assert said.startswith("the chat template bad.jinja cannot be used: ")
     assert reason in said
@@ -198,6 +203,33 @@ def test_chance_and_the_day_are_the_same_every_time() -> None:
     assert one.text.split()[1] == "2024-07-26HiYes"
 
 
+def test_a_broken_template_that_is_not_asked_for_is_left_alone(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    assert _open(folder, "plain").find(None).name == "plain"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"", b"[]", b"[1]", b"{}", b"[null]", b'[["a", [], []], ["b", [], []]]', b'[["a", [[0, 0, 2]], []]]',
+        b'[["a", [[2, 0, 1]], []]]', b'[["a", [[0, 1, 0]], []]]', b'[["a", [[0, -1, 0]], []]]', b'[[7, [], []]]',
+        b'[["ab", [[0, 1, 2], [1, 0, 1]], []]]', b'[["a", [], [[0, true, 1]]]]', b'[["a", [], 3]]', b"[" * 100_000,
+        b'[["a", [["0", 0, 1]], []]]', b'[["a", [[0, 0]], []]]', b'[{"text": "a"}]', b"\xff",
+    ],
+)  # fmt: skip
+def test_an_answer_of_the_process_that_is_no_rendering_is_not_believed(
+    answer: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(templates, "run_confined", lambda *_, write, **__: write(answer))
+    with pytest.raises(DataError, match=r"cannot be used: the process that renders it gave no rendering\.$"):
+        _render("{{ 1 }}")
+
+
+def test_a_reason_that_the_process_gives_is_fit_to_be_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "run_confined", lambda *_, write, **__: write(b'["a \\u001b[31m red\\nline"]'))
+    assert _render("{{ 1 }}") == ["a ?[31m red?line"]
+
+
 def test_nothing_is_rendered_where_there_is_nothing() -> None:
     assert _render("{{ 1 }}", []) == []
 
@@ -205,8 +237,8 @@ def test_nothing_is_rendered_where_there_is_nothing() -> None:
 def test_a_turn_of_every_kind_keeps_its_place(tmp_path: Path) -> None:
     tokenizer = Tokenizer.open(byte_folder(tmp_path))
     conversation = [Turn("system", " a "), Turn("user", ""), Turn("assistant", "\nb"), *TURNS]
-    templates = encoder_of(tokenizer).templates
-    (found,) = templates.render(templates.find("plain"), [conversation], train_on="answers")
+    known = encoder_of(tokenizer).templates
+    (found,) = known.render(known.find("plain"), [conversation], train_on="answers")
     assert isinstance(found, Rendered)
     assert found.text == " a \nb</s>HiYes</s>"
     assert found.contents is not None
