@@ -25,6 +25,7 @@ LIMITS = Limits(memory_bytes=512 * 2**20, cpu_seconds=8, wait_seconds=60, output
 # A process' share of the work, in turns that are rendered: large enough that its start, a tenth of a second, does not
 # count, and a tenth of what its limit of time allows.
 _MOST_TURNS = 60_000
+_MOST_CHARACTERS = 8 * 2**20
 _CHARACTERS_A_TURN = 4096
 _TASK = "qlora_pipe.confined.rendering"
 
@@ -95,16 +96,14 @@ class Templates:
 
     @property
     def names_the_day(self) -> bool:
-        """Whether the template for conversations asks for today's date, and gets data/render.py's."""
-        return "strftime_now" in self.find(None).source
+        """Whether one of the templates asks for today's date, and gets data/render.py's."""
+        return any("strftime_now" in source for _, source in self.sources)
 
     @property
     def sources(self) -> list[tuple[str, str]]:
-        """Names and texts of all templates that examples may be rendered with, in a fixed order."""
-        if self.chosen is not None:
-            return [("", self.chosen.source)]
-        own = [("", self.own.source)] if self.own is not None else []
-        return own + sorted((name, template.source) for name, template in self.installed.items())
+        """Texts of all templates that examples may be rendered with, in a fixed order, and names of the installed."""
+        known = [self.chosen] if self.chosen is not None else [self.own, *self.installed.values()]
+        return sorted((each.name if each.installed else "", each.source) for each in known if each is not None)
 
     def render(
         self, template: Template, conversations: Sequence[Sequence[Turn]], *, train_on: TrainOn
@@ -212,14 +211,16 @@ def _listed(installed: Mapping[str, Template]) -> str:
 
 
 def _parts(conversations: Sequence[Sequence[Turn]]) -> Iterator[Sequence[Sequence[Turn]]]:
-    first = work = 0
+    first = work = room = 0
     for number, turns in enumerate(conversations):
+        characters = sum(len(turn.content) for turn in turns)
         # Each answer is rendered with all that comes before it.
-        size = sum(1 + len(turn.content) // _CHARACTERS_A_TURN for turn in turns) * (1 + len(turns))
-        if number > first and work + size > _MOST_TURNS:
+        turned = (len(turns) + characters // _CHARACTERS_A_TURN) * (1 + len(turns))
+        if number > first and (work + turned > _MOST_TURNS or characters > room):
             yield conversations[first:number]
-            first, work = number, 0
-        work += size
+            first = number
+        work, room = (0, _MOST_CHARACTERS) if number == first else (work, room)
+        work, room = work + turned, room - characters
     if first < len(conversations):
         yield conversations[first:]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qlora_pipe.confined import ConfinedError
+from qlora_pipe.confined import ConfinedError, run_confined
 from qlora_pipe.data import templates
 from qlora_pipe.data.render import Rendered, Turn
 from qlora_pipe.data.templates import Template, Templates, checkpoint_template
@@ -141,6 +141,26 @@ def test_a_stranger_renders_what_a_plugin_does_row_by_row() -> None:
     here, there = (_render(source, conversations, installed=installed) for installed in (True, False))
     assert here == there
     assert all(isinstance(item, Rendered) for item in here)
+
+
+@pytest.mark.parametrize("limit", ["_MOST_TURNS", "_MOST_CHARACTERS"])
+def test_rows_are_shared_out_to_several_processes_in_their_order(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    monkeypatch.setattr(templates, limit, 80)
+    conversations = [[Turn("user", f"{number:0{number % 50}}"), *TURNS] for number in range(30)]
+    parts: list[int] = []
+
+    def counted(task: str, request: dict[str, Any], **details: Any) -> None:
+        parts.append(len(request["conversations"]))
+        run_confined(task, request, **details)
+
+    monkeypatch.setattr(templates, "run_confined", counted)
+    source = "{% for m in messages %}{{ m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}"
+    found = _render(source, conversations)
+    assert sum(parts) == 30
+    assert 3 < len(parts) < 30
+    assert [item.text if isinstance(item, Rendered) else item for item in found] == [
+        "".join(turn.content for turn in turns) + "</s>" for turns in conversations
+    ]
 
 
 @pytest.mark.parametrize(
