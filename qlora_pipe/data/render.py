@@ -82,9 +82,12 @@ class Renderer:
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as fault:
-            raise TemplateRefusal(f"line {fault.lineno}: {fault.message}") from fault
-        except (SyntaxError, RecursionError, OverflowError) as fault:
+            raise TemplateRefusal(f"line {fault.lineno}: {_one_line(fault.message)}") from fault
+        except (SyntaxError, RecursionError) as fault:
             raise TemplateRefusal(f"it is nested too deeply ({type(fault).__name__})") from fault
+        except (ValueError, ArithmeticError, LookupError, TypeError) as fault:
+            # Jinja reads numbers and computes with constants while it compiles.
+            raise TemplateRefusal(f"it cannot be compiled ({type(fault).__name__}: {_one_line(fault)})") from fault
         self._variables = dict(variables)
 
     def conversation(self, turns: Sequence[Turn], *, train_on: TrainOn) -> Rendered:
@@ -253,6 +256,6 @@ def _marked(number: int, turn: Turn) -> Turn:
     return turn._replace(content=f"{before}{chr(MARKS[number + 1])}{core}{chr(MARKS[0])}{after}")
 
 
-def _one_line(fault: Exception) -> str:
+def _one_line(fault: object) -> str:
     said = " ".join(str(fault).split())
     return said if len(said) <= _LONGEST_REASON else f"{said[: _LONGEST_REASON - 3]}..."

@@ -71,6 +71,8 @@ def finetune(
         read = partial(_read, config=config, encoder=encoder, manager=manager, stop=stop, note=note, progress=progress)
         samples = [read(each) for each in (data, eval_data) if each is not None]
         held_in, held_out = _divided(samples, config)
+        example = data.first_example()
+        template = None if example is None else encoder.shared_template(example)
         # From here on every draw comes from this seed: the adapter's first values, then the dropout.
         torch.manual_seed(config.seed)
         sides = 2 if architecture.kind == "seq2seq" else 1
@@ -104,8 +106,6 @@ def finetune(
             _keep_bad_rows(run, samples)
             session.work()
             described = dataclasses.replace(described, base_model_name_or_path=base.hub_name)
-            example = data.first_example()
-            template = None if example is None else encoder.shared_template(example)
             _write_final(
                 final, model, described, base=base, samples=samples, template=template,
                 progress=session.state.progress,

@@ -171,6 +171,15 @@ def test_a_vocabulary_that_lists_control_tokens_as_words_reads_them_as_text_all_
     assert not {0, 32099} & set(sample.ids.tolist())
 
 
+def test_a_pad_token_that_is_eos_changes_nothing(byte_tokens: Tokenizer, tmp_path: Path) -> None:
+    folder = byte_folder(tmp_path, special=("<|im_start|>", "<|im_end|>"), add_bos_token=True, pad_token="</s>")
+    example = chat(("user", "Hi"), ("assistant", "Yes"), ("user", "No"), ("assistant", "Ok"))
+    one, other = (sample_of(example, encoder_of(each)) for each in (byte_tokens, Tokenizer.open(folder)))
+    assert one.ids.tolist() == other.ids.tolist()
+    assert one.trained.tolist() == other.trained.tolist()
+    assert one.ids[one.trained].tolist().count(byte_tokens.eos_id) == 2
+
+
 def test_long_sample_is_cut_and_loses_its_eos(byte_tokens: Tokenizer) -> None:
     whole = sample_of(_pair("ab:", "cdef"), encoder_of(byte_tokens, max_tokens=9))
     assert (len(whole.ids), whole.cut) == (9, False)

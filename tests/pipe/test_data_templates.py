@@ -174,10 +174,11 @@ def test_rows_are_shared_out_to_several_processes_in_their_order(monkeypatch: py
         ("{{ '%1000000000d' % 1 }}", "it needs more than the 512 MiB of memory that it may use"),
         ("{{ x" + "|upper" * 9000 + " }}", "it is nested too deeply (RecursionError)"),
         ("{{ " + "(" * 20000 + "1" + ")" * 20000 + " }}", "it is nested too deeply (RecursionError)"),
+        ("{{ " + "9" * 5000 + " }}", "it cannot be compiled (ValueError: Exceeds the limit (4300 digits)"),
         ("{% if %}", "line 1: Expected an expression, got 'end of statement block'"),
         ("{{ 'no end }}", 'line 1: unexpected char "\'" at 3'),
     ],
-    ids=["nested loop", "long text", "wide number", "filters", "brackets", "no condition", "open text"],
+    ids=["nested loop", "long text", "wide number", "filters", "brackets", "digits", "no condition", "open text"],
 )
 def test_a_template_that_takes_too_much_or_is_none_ends_in_one_sentence(
     source: str, reason: str, monkeypatch: pytest.MonkeyPatch
