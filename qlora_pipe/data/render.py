@@ -7,7 +7,7 @@ are limited by the process that this runs in (qlora_pipe/confined/rendering.py).
 import json
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -103,8 +103,6 @@ class Renderer:
 
     def text(self, turns: Sequence[Turn], *, add_generation_prompt: bool) -> str:
         """Render without looking further; TemplateRefusal says what the template objects to."""
-        # The filter `random` must not make data of chance.
-        random.seed(0)
         pieces: list[str] = []
         room = MAX_TEXT
         try:
@@ -220,11 +218,13 @@ def _check_name(name: object) -> None:
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """Jinja as transformers sets it up, but for the date."""
+    """Jinja as transformers sets it up, but for the date and for chance, of which no data may be made."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = _to_json
+    environment.filters["random"] = _drawn
+    del environment.globals["lipsum"]
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = FROZEN_NOW.strftime
     environment.globals["dict"] = _Dict()
@@ -240,6 +240,10 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _drawn(choices: Iterable[Any]) -> Any:
+    return random.Random(0).choice(list(choices))
 
 
 def _raise(message: object) -> NoReturn:

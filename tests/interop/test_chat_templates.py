@@ -15,6 +15,7 @@ from qlora_pipe.data.templates import Template, Templates
 from qlora_pipe.data.tokenizer import Tokenizer
 from qlora_pipe.dataset import Example, Message, Role
 from qlora_pipe.testing import byte_tokenizer
+from tests.pipe.encoders import installed_templates
 
 transformers = pytest.importorskip("transformers")
 chat_template_utils = pytest.importorskip("transformers.utils.chat_template_utils")
@@ -131,3 +132,20 @@ def test_ids_are_those_of_apply_chat_template(
         assert asked.ids == peer.apply_chat_template(messages[:-1], add_generation_prompt=True, **given)["input_ids"]
         # The last thing that is trained is what generation stops at.
         assert int(samples[0].ids[samples[0].trained][-1]) in asked.stop_ids
+
+
+@pytest.mark.parametrize("form", ["guanaco", "alpaca", "chatml", "plain"])
+def test_others_read_the_adapters_template_as_we_trained_it(model: tuple[Tokenizer, Any], form: str) -> None:
+    tokenizer, peer = model
+    installed = installed_templates()
+    templates = Templates(chosen=installed[form], own=None, installed=installed, variables=tokenizer.names)
+    encoder = Encoder(tokenizer=tokenizer, max_tokens=4096, templates=templates)
+    for spoken in ([SYSTEM, *ANSWERED], ANSWERED):
+        example = Example(messages=tuple(Message(role=role, content=text) for role, text in spoken), origin="row")
+        (samples,) = encoder.encode([example])
+        assert isinstance(samples, list), samples
+        messages = [{"role": role, "content": content} for role, content in spoken]
+        theirs = peer.apply_chat_template(
+            messages, chat_template=encoder.shared_template(example), eos_token="</s>", return_dict=True
+        )
+        assert samples[0].ids.tolist() == theirs["input_ids"]
