@@ -48,10 +48,15 @@ class Seq2SeqModel(LanguageModel):
 
 
 def start_id_of(config: Mapping[str, Any]) -> int:
-    """The id that a decoder begins with, by a config.json: its own or, where none is named, the padding's."""
+    """The id that a decoder begins with, by a config.json: its own or, where only padding's is named, that.
+
+    ConfigError where neither is there, or it has no row in the embedding.
+    """
     fields = Fields(config)
-    field = "decoder_start_token_id" if fields.has("decoder_start_token_id") else "pad_token_id"
-    return fields.integer(field, least=0, most=fields.integer("vocab_size", most=2**26) - 1)
+    last = fields.integer("vocab_size", most=2**26) - 1
+    if fields.has("pad_token_id") and not fields.has("decoder_start_token_id"):
+        return fields.integer("pad_token_id", least=0, most=last)
+    return fields.integer("decoder_start_token_id", least=0, most=last)
 
 
 class DecoderCache:

@@ -148,6 +148,20 @@ def test_an_adapter_that_peft_trained_gives_its_reference_logits(shared_data: Pa
     assert largest_difference(got, reference["logits_adapter"]) <= 1e-4
 
 
+def test_a_random_adapter_of_peft_on_the_layers_that_it_takes_by_itself_gives_its_logits(
+    base_of: MakeBase, tmp_path: Path
+) -> None:
+    base, inputs = base_of("t5 16-bit"), some_inputs()
+    torch.manual_seed(1)
+    adapted = get_peft_model(theirs(base), LoraConfig(r=4, task_type="SEQ_2_SEQ_LM", init_lora_weights=False)).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    got = our_logits(ours(base, adapter=tmp_path / "adapter"), inputs)
+    with torch.inference_mode():
+        wanted = their_logits(adapted, inputs)
+    assert largest_difference(got, our_logits(ours(base), inputs)) > 0.05
+    assert largest_difference(got, wanted) <= 1e-5 * float(wanted.abs().max())
+
+
 def test_a_checkpoint_of_bitsandbytes_gives_its_weights_bit_for_bit_and_its_reference_logits(shared_data: Path) -> None:
     folder = shared_data / "interop" / "t5-stories-280k-bnb-nf4-dq"
     inputs, reference = read_by_a_peer(folder / "reference_dequant.safetensors")

@@ -97,6 +97,15 @@ def test_the_output_is_scaled_where_the_config_asks_for_it(fields: dict[str, Any
     assert T5Config.read(t5_config(**fields)).output_scale == scale
 
 
+def test_a_decoder_begins_with_the_id_that_is_named_for_it_or_else_with_the_padding() -> None:
+    assert T5Config.read(t5_config(decoder_start_token_id=7)).start_id == 7
+    assert T5Config.read(t5_config(decoder_start_token_id=None, pad_token_id=5)).start_id == 5
+    with pytest.raises(
+        ConfigError, match='"decoder_start_token_id" is missing; it must be a whole number from 0 to 258'
+    ):
+        T5Config.read(t5_config(decoder_start_token_id=None, pad_token_id=None))
+
+
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [

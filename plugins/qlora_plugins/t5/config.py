@@ -59,7 +59,7 @@ class T5Config:
             gated=is_gated,
             norm_eps=config.number("layer_norm_epsilon", above=0, at_most=1, default=1e-6),
             output_scale=hidden**-0.5 if _scales(config, kind) else 1.0,
-            start_id=start_id_of({"pad_token_id": 0, **values}),
+            start_id=start_id_of(values),
         )
 
 
