@@ -228,9 +228,12 @@ def test_a_run_stopped_at_any_place_ends_as_if_it_had_not_been(
             raise StopRequested(signal.SIGTERM)
 
     monkeypatch.setattr(StopFlag, "check", check)
+    # The first run may pass more places, those of reading rows that are kept from then on.
+    assert execute(line_to(tmp_path / "first", **settings)) == 0
+    passed = 0
     assert execute(line_to(tmp_path / "whole", **settings)) == 0
     places = passed
-    for place in range(9, places, 2):
+    for place in range(0, places, 3):
         out = tmp_path / f"stopped-{place}"
         passed, stop_at = 0, place
         assert execute(line_to(out, **settings)) == 143
