@@ -30,6 +30,7 @@ from qlora_pipe.config import FinetuneConfig
 from qlora_pipe.data.batches import Stream, eval_batches
 from qlora_pipe.data.encode import Encoder
 from qlora_pipe.data.samples import load_samples, split_held_out
+from qlora_pipe.data.templates import Templates
 from qlora_pipe.data.tokenizer import Tokenizer
 from qlora_pipe.nn.loaded import LoadedModel
 from qlora_pipe.plugins import find_architecture, load_plugins
@@ -104,8 +105,10 @@ def work(path: Path, tokenizer_folder: Path, cache: Path) -> None:
     ready.module.train()
     step = BlockwisePass(ready, recompute=RecomputePlan("none"))
     before, begun = peak_mib(), time.monotonic()
-    encoder = Encoder(tokenizer=tokenizer, max_tokens=MAX_TOKENS)
-    found = load_samples(f"jsonl:{path}", encoder=encoder, manager=load_plugins(), cache=cache)
+    manager = load_plugins()
+    templates = Templates.open(tokenizer_folder, tokenizer, choice="auto", manager=manager)
+    encoder = Encoder(tokenizer=tokenizer, max_tokens=MAX_TOKENS, templates=templates)
+    found = load_samples(f"jsonl:{path}", encoder=encoder, manager=manager, cache=cache)
     seconds, loaded = time.monotonic() - begun, peak_mib()
     train, held_out = split_held_out(found.samples, share=0.1, seed=0)
     stream = Stream(train, seed=0, row_tokens=MAX_TOKENS)

@@ -112,4 +112,6 @@ class Seq2SeqReader:
 def _device_of(model: Seq2SeqModel) -> torch.device:
     """Where a model computes: blocks may lie elsewhere until they are needed, what is in none of them does not."""
     in_blocks = {id(parameter) for block in model.blocks for parameter in block.parameters()}
-    return next(parameter.device for parameter in model.parameters() if id(parameter) not in in_blocks)
+    outside = (parameter for parameter in model.parameters() if id(parameter) not in in_blocks)
+    # Where all lies in blocks, they stay where they are.
+    return next(outside, next(model.parameters())).device

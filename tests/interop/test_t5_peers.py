@@ -268,7 +268,9 @@ def test_gradients_are_those_of_transformers_and_peft_in_float64(tmp_path: Path,
             assert float((part.grad - expected).abs().max()) <= 1e-11 * float(expected.abs().max()), path
 
 
-def test_the_whole_chain_on_a_real_model_brings_the_held_out_loss_down(base_of: MakeBase, tmp_path: Path) -> None:
+def test_the_whole_chain_on_a_real_model_brings_the_held_out_loss_down(
+    base_of: MakeBase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     store = base_of("real 4-bit")
     run(
         "finetune", store, "--data", f"jsonl:{write_answers(tmp_path / 'rows.jsonl')}", "--out", tmp_path / "run",
@@ -279,3 +281,25 @@ def test_the_whole_chain_on_a_real_model_brings_the_held_out_loss_down(base_of: 
     run("quantize", tmp_path / "merged", tmp_path / "again")
     measured = Manifest.read(tmp_path / "run" / "final").fields["measured"]
     assert measured["eval_loss"] < 0.3 * measured["eval_loss_start"]
+    # The adapter beside its base and the model merged of both give one answer, in either way of searching.
+    asked = ["--prompt", "Tom had 7 red balls. He found one more.", "--max-new-tokens", 20]
+    for way in ([], ["--beams", 3]):
+        capsys.readouterr()
+        run("generate", store, "--adapter", tmp_path / "run", *asked, *way)
+        beside = capsys.readouterr().out
+        run("generate", tmp_path / "merged", *asked, *way)
+        assert capsys.readouterr().out == beside
+        assert beside.lstrip().startswith("He had ")
+
+
+def test_continued_pretraining_by_span_corruption_brings_the_held_out_loss_down(
+    base_of: MakeBase, shared_data: Path, tmp_path: Path
+) -> None:
+    text = (shared_data / "datasets" / "tinyshakespeare" / "input.txt").read_text()[:40_000]
+    (tmp_path / "play.txt").write_text(text)
+    run(
+        "finetune", base_of("real 4-bit"), "--data", f"span-corruption:{tmp_path / 'play.txt'}", "--out",
+        tmp_path / "run", "--steps", 12, "--learning-rate", 5e-3, "--batch-size", 8, "--rank", 8, "--max-tokens", 96,
+    )  # fmt: skip
+    measured = Manifest.read(tmp_path / "run" / "final").fields["measured"]
+    assert measured["eval_loss"] < 0.97 * measured["eval_loss_start"]

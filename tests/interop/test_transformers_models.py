@@ -117,6 +117,25 @@ def test_the_whole_chain_runs_on_a_causal_model(model_type: str, tmp_path: Path)
         torch.testing.assert_close(theirs(input_ids=ids).logits, found, rtol=0, atol=1e-4)
 
 
+def test_the_whole_chain_runs_on_an_encoder_decoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(tmp_path / "source", "bart", SEQ2SEQ["bart"])
+    rows = "".join(json.dumps({"prompt": f"{n}+1=", "answer": str(n + 1)}) + "\n" for n in range(24))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    store, run, merged = (str(tmp_path / name) for name in ("store", "run", "merged"))
+    assert execute(["quantize", str(tmp_path / "source"), store]) == 0
+    settings = ["--steps", "6", "--batch-size", "4", "--rank", "4", "--learning-rate", "5e-3", "--max-tokens", "32"]
+    assert execute(["finetune", store, "--data", f"jsonl:{tmp_path / 'rows.jsonl'}", "--out", run, *settings]) == 0
+    measured = Manifest.read(tmp_path / "run" / "final").fields["measured"]
+    assert measured["eval_loss"] < measured["eval_loss_start"]
+    assert execute(["merge", store, run, merged, "--dtype", "float32"]) == 0
+    answers = []
+    for model, *adapter in ((store, "--adapter", run), (merged,)):
+        capsys.readouterr()
+        assert execute(["generate", model, *adapter, "--prompt", "7+1=", "--max-new-tokens", "5", "--beams", "2"]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
+
+
 def test_names_that_transformers_would_translate_are_refused_by_name(tmp_path: Path) -> None:
     saved(tmp_path, "gpt_neox", LLAMA_LIKE)
     with pytest.raises(DataError, match=r"lacks the tensor lm_head\.weight of a gpt_neox \(transformers\) model"):

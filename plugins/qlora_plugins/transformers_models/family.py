@@ -120,6 +120,8 @@ def _built(config: Mapping[str, Any], *, seq2seq: bool) -> PreTrainedModel:
         for name, value in vars(theirs).items():
             if "drop" in name and isinstance(value, int | float):
                 setattr(theirs, name, 0.0)
+        # Generation asks for a cache where it wants one.
+        theirs.use_cache = False
         kind: Any = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
         model: PreTrainedModel = kind.from_config(theirs)
     except Exception as fault:

@@ -60,6 +60,10 @@ class TheirCache:
     def advance(self, positions: int) -> None:
         """Their layers have counted already."""
 
+    def reorder(self, rows: Tensor) -> None:
+        """Let row i go on from what row rows[i] holds."""
+        self.inner.reorder_cache(rows)
+
 
 class Causal(CausalModel):
     """A causal model of transformers."""
