@@ -201,7 +201,8 @@ def test_two_things_of_one_name_are_refused_by_that_name_alone(
     assert f"note: neither can be used: {sentence} qlora-pipe" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=sentence):
         find_dataset(manager, "alpaca")
-    assert [entry.plugin for entry in list_plugins(manager) if entry.name == "alpaca"] == ["broken", "datasets"]
+    both = [entry.plugin for entry in list_plugins(manager) if (entry.kind, entry.name) == ("dataset", "alpaca")]
+    assert both == ["broken", "datasets"]
 
 
 class Brings:

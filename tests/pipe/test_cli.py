@@ -21,6 +21,7 @@ CONTRACT = {
         *("--dropout", "--max-tokens", "--held-out", "--eval-data", "--eval-every", "--adapter", "--seed"),
         *("--save-every", "--dtype", "--device"),
     },
+    "preview": {"--base", "--data", "--rows", "--max-tokens", "--template", "--train-on", "--json"},
     "merge": {"--dtype"},
     "generate": {"--adapter", "--prompt", "--max-new-tokens", "--temperature"},
     "export": {"--to", "--repo", "--private"},

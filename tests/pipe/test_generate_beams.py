@@ -16,18 +16,18 @@ from qlora_pipe.errors import NonFiniteError, UsageProblem
 from qlora_pipe.generate import generate, generate_seq2seq, stream_text
 from qlora_pipe.generate.beams import search
 from qlora_pipe.nn.cache import KVCache
+from qlora_pipe.nn.decoder import DecoderModel
 from qlora_pipe.plugins import find_architecture, load_plugins
 from qlora_pipe.stages.load import load
 from qlora_pipe.testing import filled, tiny_checkpoint, tiny_weights
 from qlora_plugins.llama import register_architectures
-from qlora_plugins.llama.model import Llama
 from tests.pipe.toy_seq2seq import Sizes, ToySeq2Seq
 
 SOURCE = [3, 2, 4, 1]
 PROMPT = [1, 4, 2]
 
 
-def tiny_llama(*, seed: int = 5, **overrides: Any) -> Llama:
+def tiny_llama(*, seed: int = 5, **overrides: Any) -> DecoderModel:
     config = {
         "hidden_size": 24,
         "intermediate_size": 40,
@@ -39,7 +39,7 @@ def tiny_llama(*, seed: int = 5, **overrides: Any) -> Llama:
         **overrides,
     }
     model = filled(register_architectures()[0], config, tiny_weights(config, seed=seed), dtype=torch.float64)
-    assert isinstance(model, Llama)
+    assert isinstance(model, DecoderModel)
     return model
 
 
@@ -51,7 +51,7 @@ def after_source(model: ToySeq2Seq, texts: Sequence[Sequence[int]]) -> Tensor:
     return model.head(model.decode(torch.tensor([[model.start_id, *text] for text in texts]), cache=cache))[:, -1]
 
 
-def after_prompt(model: Llama, texts: Sequence[Sequence[int]]) -> Tensor:
+def after_prompt(model: DecoderModel, texts: Sequence[Sequence[int]]) -> Tensor:
     """The same of a causal model."""
     logits: Tensor = model(torch.tensor([[*PROMPT, *text] for text in texts]))[:, -1]
     return logits

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,9 @@ def test_the_stage_reads_the_prompt_as_training_does_and_gives_the_answers_text(
 ) -> None:
     model = ToySeq2Seq(Sizes(vocabulary=tokenizer.vocab_size, start_id=2))
     ids, _ = tokenizer.encode("a fox")
-    source = [1, *ids, tokenizer.eos_id]
+    # What a tokenizer puts behind a text ends a source.
+    tokenizer = replace(tokenizer, behind=(5, tokenizer.eos_id))
+    source = [1, *ids, 5, tokenizer.eos_id]
     expected = generate_seq2seq(model, source, max_new_tokens=40, stop_ids={2, 9, 11}, **settings)
     config = GenerateConfig(max_new_tokens=40, **settings)
     assert "".join(answer(loaded(model), tokenizer, "a fox", config)) == tokenizer.decode(list(expected)) != ""

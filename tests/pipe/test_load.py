@@ -111,7 +111,7 @@ def test_a_truncated_file_is_refused(model: Path, capsys: pytest.CaptureFixture[
     assert str(file) in sentence
 
 
-@pytest.mark.parametrize("model_type", ["gpt_neox", None, ["llama"], 5])
+@pytest.mark.parametrize("model_type", ["no-such-family", None, ["llama"], 5])
 def test_an_unknown_architecture_is_refused(
     model: Path, capsys: pytest.CaptureFixture[str], model_type: object
 ) -> None:
@@ -145,7 +145,7 @@ def test_a_missing_tokenizer_is_refused(model: Path, capsys: pytest.CaptureFixtu
     (model / "tokenizer.json").unlink()
     code, sentence = refusal(model, capsys)
     assert code == 66
-    assert sentence.startswith(f"{model} has no tokenizer.json")
+    assert sentence.startswith(f"{model} has neither tokenizer.json nor a SentencePiece model")
 
 
 def test_a_missing_or_empty_or_half_written_folder_is_refused(

@@ -6,12 +6,12 @@ from torch import Tensor
 
 from qlora_kernels import frozen_head
 from qlora_pipe.data.batches import collate
+from qlora_pipe.nn.decoder import DecoderModel
 from qlora_pipe.nn.loaded import LoadedModel
-from qlora_plugins.llama.model import Llama
 from tests.pipe.test_packing import in_rows, loaded, loss_and_gradients
 
 
-class Capped(Llama):
+class Capped(DecoderModel):
     """A LLaMA whose logits are capped, as Gemma 2 caps them."""
 
     head_softcap = 0.6
@@ -26,7 +26,7 @@ class OpaqueHead(Capped):
     head_weight = None
 
 
-def of_kind(kind: type[Llama]) -> LoadedModel:
+def of_kind(kind: type[DecoderModel]) -> LoadedModel:
     model = loaded(torch.float64)
     model.module.__class__ = kind
     return model
@@ -36,7 +36,9 @@ def test_a_capped_head_has_the_loss_and_the_gradients_that_autograd_finds(monkey
     # Five rows of 71 logits.
     monkeypatch.setattr(frozen_head, "CHUNK_BYTES", 5 * 71 * 8)
     batch = collate(in_rows(((17,), (5,), (11,))))
-    found, wanted, uncapped = (loss_and_gradients(of_kind(kind), [batch]) for kind in (Capped, OpaqueHead, Llama))
+    found, wanted, uncapped = (
+        loss_and_gradients(of_kind(kind), [batch]) for kind in (Capped, OpaqueHead, DecoderModel)
+    )
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
     assert abs(found[0] - uncapped[0]) > 0.01

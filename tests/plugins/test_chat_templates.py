@@ -89,7 +89,6 @@ def test_a_plugin_brings_a_template_and_is_listed() -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("plain", "two plugins bring the chat template 'plain'"),
         ("auto", "a plugin brings a chat template named 'auto', which --template reads otherwise"),
         ("x.jinja", "a plugin brings a chat template named 'x.jinja', which --template reads otherwise"),
     ],
@@ -97,3 +96,8 @@ def test_a_plugin_brings_a_template_and_is_listed() -> None:
 def test_a_name_that_is_taken_is_refused(name: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         chat_templates(load_plugins(Vicuna(name)))
+
+
+def test_two_templates_of_one_name_are_refused_by_that_name_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert {"alpaca", "guanaco"} <= chat_templates(load_plugins(Vicuna("plain"))).keys() - {"plain"}
+    assert "neither can be used: two plugins bring the chat template 'plain'" in capsys.readouterr().err

@@ -26,6 +26,8 @@ def family_of(config: Mapping[str, Any]) -> Architecture | None:
     ConfigError where it has one that can't be built from this config, or whose blocks hold no linear layers.
     """
     model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        return None
     seq2seq = bool(config.get("is_encoder_decoder")) and model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
     if not seq2seq and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return None
@@ -41,7 +43,7 @@ def family_of(config: Mapping[str, Any]) -> Architecture | None:
     patterns = tuple(dict.fromkeys(map(_pattern, inside)))
     return Architecture(
         name=f"{model_type} (transformers)",
-        model_types=(str(model_type),),
+        model_types=(model_type,),
         kind="seq2seq" if seq2seq else "causal",
         task_type="SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM",
         build=_build_seq2seq if seq2seq else _build_causal,
