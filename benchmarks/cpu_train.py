@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
-from report import publish
+from report import publish, published
 from train_worker import Side, Task
 
 from qlora_pipe.cli import execute
@@ -55,6 +55,11 @@ class Cell(NamedTuple):
         cell = cls(dtype, instructions, (os.cpu_count() or 1) if threads == "all" else int(threads))
         # The peer's bfloat16 gives four tokens a second there: a smaller step, for both.
         return cell._replace(batch=1, tokens=128) if (dtype, instructions) == ("bfloat16", "avx2") else cell
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """What tells its row from others."""
+        return self.dtype, self.instructions, self.threads
 
     def task(self, work: Path) -> Task:
         dtype, device = getattr(torch, self.dtype), torch.device("cpu")
@@ -116,9 +121,12 @@ def main() -> None:
     cells = [
         f"{dtype}:{isa}:{n}" for isa in ("native", "avx2") for dtype in ("float32", "bfloat16") for n in ("all", 1)
     ]
-    parser.add_argument("--cells", nargs="+", default=cells)
+    parser.add_argument("--cells", nargs="+", default=cells, help="measure these; rows of others stay as they are")
     options = parser.parse_args()
-    rows: list[dict[str, object]] = []
+    measured = {Cell.parse(text).key: text for text in options.cells}
+    rows = [
+        row for row in published("cpu_train") if (row["dtype"], row["instructions"], row["threads"]) not in measured
+    ]
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         tiny_checkpoint(work / "source", **SHAPE)

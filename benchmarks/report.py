@@ -70,6 +70,13 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def published(name: str) -> list[dict[str, object]]:
+    """Give the rows of results/NAME.json, none where there is no such file."""
+    file = RESULTS / f"{name}.json"
+    rows: list[dict[str, object]] = json.loads(file.read_text())["rows"] if file.exists() else []
+    return rows
+
+
 def publish(
     name: str,
     *,
