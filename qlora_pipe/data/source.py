@@ -93,12 +93,17 @@ class DataSource:
 
     @property
     def code(self) -> str:
-        """Hash what tells whether samples made earlier still are what this program would make: the plugin's code."""
+        """Hash what tells whether samples made earlier still are what this program would make: the plugin's code.
+
+        Of a module in a package that is the code beside it as well, which it may import.
+        """
         digest = hashlib.sha256(self.path.name.encode())
         for function in (self.dataset.example, self.dataset.rows):
             module = sys.modules.get(getattr(function, "__module__", ""))
-            file = getattr(module, "__file__", None)
-            digest.update(Path(file).read_bytes() if file and Path(file).is_file() else b"")
+            file = Path(getattr(module, "__file__", None) or "")
+            beside = sorted(file.parent.glob("*.py")) if getattr(module, "__package__", "") else [file]
+            for each in beside:
+                digest.update(each.read_bytes() if each.is_file() else b"")
         return digest.hexdigest()
 
 

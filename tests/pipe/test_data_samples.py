@@ -1,5 +1,7 @@
 """Loading NAME:PATH, its fingerprint, and the held-out share."""
 
+import importlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -222,3 +224,24 @@ def test_split_follows_the_seed_and_stays_the_same_for_ever() -> None:
     assert len({tuple(drawn(seed)) for seed in range(20)}) == 20
     # Runs are continued by later versions; these draws must not move.
     assert drawn(0) == ["x:2", "x:3", "x:11", "x:13", "x:20"]
+
+
+@pytest.mark.parametrize("packaged", [True, False], ids=["package", "module"])
+def test_samples_are_made_anew_when_the_plugins_code_or_what_lies_beside_it_changes(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packaged: bool
+) -> None:
+    folder = tmp_path / "code" / "riddle_plugin" if packaged else tmp_path / "code"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("")
+    (folder / "riddle_helper.py").write_text("LENGTH = 1\n")
+    (folder / "riddle_reader.py").write_text("def example(row):\n    return ()\n")
+    monkeypatch.syspath_prepend(tmp_path / "code")
+    module = importlib.import_module("riddle_plugin.riddle_reader" if packaged else "riddle_reader")
+    source = DataSource(dataset=Dataset(name="riddles", help="", example=module.example), path=rows)
+    before = source.code
+    assert source.code == before
+    (folder / "riddle_helper.py").write_text("LENGTH = 2\n")
+    assert (source.code != before) is packaged
+    (folder / "riddle_reader.py").write_text("def example(row):\n    return []\n")
+    assert source.code != before
+    monkeypatch.delitem(sys.modules, module.__name__)
