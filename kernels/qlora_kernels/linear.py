@@ -135,7 +135,8 @@ class _LoraLinears(torch.autograd.Function):
                     y_TO = _product(xa_of[number] * scale, b_RO, start=bias).addmm_(x_TI, weight_OI.T)
                 else:
                     y_TO = _product(x_TI, weight_OI.T, start=bias).addmm_(xa_of[number], b_RO, alpha=scale)
-            results.append(y_TO.to(x.dtype).view(*x.shape[:-1], y_TO.shape[-1]))
+            # No view to autograd, which forbids a caller to change one in place that came out of here.
+            results.append(torch.ops.aten._unsafe_view(y_TO.to(x.dtype), [*x.shape[:-1], y_TO.shape[-1]]))
             # Without a scratch this frees it before the next one is made.
             del weight_OI
         a_needs_grad, b_needs_grad = _wanted(ctx, 0), _wanted(ctx, 1)

@@ -94,6 +94,13 @@ class LoraLinear(nn.Module):
         self.seed: int | None = None
         """The seed of the dropout mask; None draws one from torch's CPU generator in each forward pass."""
 
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight where that is dense, for models of others that look at its type."""
+        if isinstance(self.base, QuantizedLinear):
+            raise AttributeError("a weight in 4 bits has no tensor of its own")
+        return self.base.weight
+
     def reset(self) -> None:
         """Draw A from torch's CPU generator, so that a seed gives the same adapter on every device."""
         start = torch.empty(self.lora_a.shape)

@@ -22,6 +22,7 @@ from qlora_pipe.nn.seq2seq import Seq2SeqModel
 from qlora_pipe.plugins import find_architecture, load_plugins
 from qlora_pipe.stages.load import load
 from qlora_pipe.testing import byte_tokenizer
+from qlora_plugins.transformers_models.family import family_of
 
 SIZES = {"vocab_size": 262, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 LLAMA_LIKE = SIZES | {
@@ -37,6 +38,7 @@ CAUSAL: dict[str, dict[str, Any]] = {
     },
     "cohere": LLAMA_LIKE | {"logit_scale": 0.25, "tie_word_embeddings": True},
     "olmo2": LLAMA_LIKE,
+    "falcon": LLAMA_LIKE | {"multi_query": False, "alibi": False},
 }  # fmt: skip
 SEQ2SEQ: dict[str, dict[str, Any]] = {
     "bart": SIZES | {
@@ -70,6 +72,18 @@ def opened(folder: Path, *, adapter: Path | None = None) -> LoadedModel:
     return load(base, family, dtype=torch.float32, device=device, adapter=Adapter.open(adapter) if adapter else None)
 
 
+def test_a_layer_whose_weight_is_looked_at_stays_dense_and_one_that_is_bypassed_is_left_alone() -> None:
+    t5 = family_of({"model_type": "longt5", "is_encoder_decoder": True, "num_layers": 1})
+    assert t5 is not None
+    assert any(pattern.endswith(".wo") for pattern in t5.adapt)
+    assert not any(pattern.endswith(".wo.weight") for pattern in t5.quantize)
+    assert "wo" in t5.keep_16bit
+    mamba = family_of({"model_type": "mamba", "num_hidden_layers": 1, "hidden_size": 32})
+    assert mamba is not None
+    # Its own code multiplies with this one's weight.
+    assert not any("dt_proj" in pattern for pattern in (*mamba.adapt, *mamba.quantize))
+
+
 @pytest.mark.parametrize("model_type", CAUSAL)
 def test_a_causal_model_of_transformers_gives_its_logits(model_type: str, tmp_path: Path) -> None:
     theirs = saved(tmp_path, model_type, CAUSAL[model_type])
@@ -96,7 +110,7 @@ def test_an_encoder_decoder_of_transformers_gives_its_logits(tmp_path: Path) -> 
     torch.testing.assert_close(torch.cat(steps, dim=1), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("model_type", ["phi3", "opt"])
+@pytest.mark.parametrize("model_type", ["phi3", "opt", "falcon"])
 def test_the_whole_chain_runs_on_a_causal_model(model_type: str, tmp_path: Path) -> None:
     saved(tmp_path / "source", model_type, CAUSAL[model_type])
     rows = "".join(json.dumps({"prompt": f"{n}+1=", "answer": str(n + 1)}) + "\n" for n in range(24))

@@ -273,3 +273,18 @@ def test_a_product_far_below_the_base_is_not_rounded_away(dtype: torch.dtype, bi
         # How much of it there is: 0.7 where it is added to what is already rounded.
         share = ((found.double() - plain) * added).sum() / added.square().sum()
         assert 0.9 < share < 1.1
+
+
+def test_a_caller_may_change_the_output_in_place() -> None:
+    x, lora_a, lora_b, _ = _inputs(torch.float64, torch.float64)
+    weight = _normal(OUT, IN, seed=5, dtype=torch.float64)
+    one, two = linear.lora_linears(x[None], [linear.Layer(weight, None, lora_a, lora_b)] * 2)
+    one *= 3
+    two += 1
+    (one.sum() + two.sum()).backward()
+    found = lora_b.grad
+    lora_b.grad = None
+    plain = x @ weight.T + x @ lora_a.T @ lora_b.T
+    (4 * plain.sum()).backward()
+    assert found is not None
+    torch.testing.assert_close(found, lora_b.grad, rtol=1e-12, atol=1e-12)

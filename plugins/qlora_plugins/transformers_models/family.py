@@ -1,10 +1,11 @@
 """From a config to a family: what transformers would build, and which of its layers are quantised and adapted."""
 
 import copy
+import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from logging import ERROR
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -34,13 +35,16 @@ def family_of(config: Mapping[str, Any]) -> Architecture | None:
     with torch.device("meta"):
         inner = _built(config, seq2seq=seq2seq)
     linears = [path for path, part in inner.named_modules() if isinstance(part, nn.Linear)]
-    inside = [path for path in linears if _block(path)]
+    uses = {path: _use_of_weight(inner, path) for path in linears}
+    inside = [path for path in linears if _block(path) and uses[path] != "itself"]
     if not inside:
         raise ConfigError(
             f"models of type {model_type!r}, as transformers builds them, have no linear layers in their blocks:"
             " there is nothing to quantise or to adapt."
         )
     patterns = tuple(dict.fromkeys(map(_pattern, inside)))
+    dense = {_pattern(path) for path in inside if uses[path] == "type"}
+    quantized = tuple(pattern for pattern in patterns if pattern not in dense)
     return Architecture(
         name=f"{model_type} (transformers)",
         model_types=(model_type,),
@@ -48,11 +52,32 @@ def family_of(config: Mapping[str, Any]) -> Architecture | None:
         task_type="SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM",
         build=_build_seq2seq if seq2seq else _build_causal,
         blocks=tuple(dict.fromkeys(_pattern(block) for path in inside if (block := _block(path)))),
-        quantize=tuple(f"{pattern}.weight" for pattern in patterns),
-        keep_16bit=tuple(path for path in linears if not _block(path)),
+        quantize=tuple(f"{pattern}.weight" for pattern in quantized),
+        keep_16bit=_kept(linears, quantized),
         adapt=patterns,
         ties=_ties_of_seq2seq if seq2seq else _ties_of_causal,
     )
+
+
+def _use_of_weight(inner: nn.Module, path: str) -> Literal["none", "type", "itself"]:
+    """What the code around a layer does with its weight beside calling the layer.
+
+    Where it asks for its type, the weight has to be dense; where it computes with it, no adapter would be heard.
+    """
+    owner, _, leaf = path.rpartition(".")
+    code = inspect.getsource(type(inner.get_submodule(owner)))
+    found = re.findall(rf"\bself\.{re.escape(leaf)}\.weight\b(\.(?:dtype|device)\b)?", code)
+    # In a test of its type it may stand as a whole.
+    tested = len(re.findall(rf"isinstance\(self\.{re.escape(leaf)}\.weight\b", code))
+    if found.count("") > tested:
+        return "itself"
+    return "type" if found else "none"
+
+
+def _kept(linears: Sequence[str], quantized: Sequence[str]) -> tuple[str, ...]:
+    """Names, by their last components, of the linear layers that are never quantised."""
+    last = {path.rpartition(".")[2] for path in linears if _pattern(path) not in quantized}
+    return tuple(sorted(last - {pattern.rpartition(".")[2] for pattern in quantized}))
 
 
 def _block(path: str) -> str | None:
