@@ -65,11 +65,11 @@ def saved(folder: Path, model_type: str, fields: Mapping[str, Any]) -> transform
     return model  # type: ignore[no-any-return]
 
 
-def opened(folder: Path, *, adapter: Path | None = None) -> LoadedModel:
+def opened(folder: Path, *, adapter: Path | None = None, device: str = "cpu") -> LoadedModel:
     base = open_model(folder)
     family = find_architecture(load_plugins(), base.config["model_type"], config=base.config)
-    device = torch.device("cpu")
-    return load(base, family, dtype=torch.float32, device=device, adapter=Adapter.open(adapter) if adapter else None)
+    trained = Adapter.open(adapter) if adapter else None
+    return load(base, family, dtype=torch.float32, device=torch.device(device), adapter=trained)
 
 
 def test_a_layer_whose_weight_is_looked_at_stays_dense_and_one_that_is_bypassed_is_left_alone() -> None:
@@ -228,3 +228,40 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused_by_name(tmp_path: Path) -> 
     assert execute(["quantize", str(tmp_path), str(tmp_path / "store")]) == 0
     with pytest.raises(DataError, match=r"lacks the tensor model\.layers\.1\.mlp\.down_proj\.weight"):
         opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+            ],
+        ),
+    ],
+)
+@pytest.mark.parametrize("model_type", ["phi3", "bart"])
+def test_a_store_trains_and_generates_wherever_it_computes(model_type: str, device: str, tmp_path: Path) -> None:
+    saved(tmp_path / "source", model_type, (CAUSAL | SEQ2SEQ)[model_type])
+    rows = "".join(json.dumps({"prompt": f"{n}+1=", "answer": str(n + 1)}) + "\n" for n in range(24))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    assert execute(["quantize", str(tmp_path / "source"), str(tmp_path / "store")]) == 0
+    settings = ["--steps", "4", "--batch-size", "4", "--rank", "4", "--learning-rate", "5e-3", "--max-tokens", "32"]
+    data = ["--data", f"jsonl:{tmp_path / 'rows.jsonl'}", "--device", device, "--dtype", "float32"]
+    assert execute(["finetune", str(tmp_path / "store"), "--out", str(tmp_path / "run"), *data, *settings]) == 0
+    measured = Manifest.read(tmp_path / "run" / "final").fields["measured"]
+    assert measured["eval_loss"] < measured["eval_loss_start"]
+    here, there = (opened(tmp_path / "store", adapter=tmp_path / "run", device=each) for each in ("cpu", device))
+    ids, lengths = torch.arange(3, 12)[None], torch.tensor([9])
+    source = {"source": ids, "source_lengths": lengths} if model_type in SEQ2SEQ else {}
+    logits = []
+    for model in (here, there):
+        inputs = Inputs(ids.to(model.device), **{name: part.to(model.device) for name, part in source.items()})
+        with torch.no_grad():
+            logits.append(model.language.head(model.language.hidden_of(inputs)).cpu())
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-3)
+    asked = ["--prompt", "7+1=", "--max-new-tokens", "4", "--device", device, "--dtype", "float32"]
+    assert execute(["generate", str(tmp_path / "store"), "--adapter", str(tmp_path / "run"), *asked]) == 0
