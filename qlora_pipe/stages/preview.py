@@ -106,7 +106,7 @@ def preview(
         progress=lambda done, total: progress("tokenise rows", done, total),
         note=note,
     )
-    faults = [*_bad_rows(found.stats.bad, found.quarantine()), *_cut(found.samples, encoder)]
+    faults = [*_bad_rows(found.stats.bad, found.quarantine()), *_cut(found.stats.cut, found.samples, encoder)]
     lengths, sources = lengths_of(found.samples), source_lengths_of(found.samples)
     ordered = np.sort(lengths + sources)
     packs = architecture.packs and not config.pack
@@ -155,13 +155,13 @@ def _bad_rows(count: int, quarantine: Iterator[bytes]) -> Iterator[Fault]:
         yield Fault(count=count, of="row", what="that can't be used", named=reasons)
 
 
-def _cut(samples: Sequence[Sample], encoder: Encoder) -> Iterator[Fault]:
+def _cut(count: int, samples: Sequence[Sample], encoder: Encoder) -> Iterator[Fault]:
     """Samples that lose their end. (That each answer has one, the encoder sees to: else the row is bad.)"""
-    cut = [sample.origin for sample in samples if sample.cut]
-    if cut:
+    if count:
+        named = tuple(islice((sample.origin for sample in samples if sample.cut), _NAMED))
         lost = "an answer's end" if encoder.kind == "causal" else "the end of a source or an answer"
         what = f"cut at {encoder.max_tokens} tokens, where {lost} is lost (raise --max-tokens)"
-        yield Fault(count=len(cut), of="sample", what=what, named=tuple(cut[:_NAMED]))
+        yield Fault(count=count, of="sample", what=what, named=named)
 
 
 def padding_share(sides: Sequence[NDArray[np.int64]], config: PreviewConfig, *, pack: bool) -> float:
