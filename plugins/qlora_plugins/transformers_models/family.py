@@ -4,6 +4,7 @@ import copy
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from logging import ERROR
 from typing import Any, Literal
 
@@ -45,17 +46,19 @@ def family_of(config: Mapping[str, Any]) -> Architecture | None:
     patterns = tuple(dict.fromkeys(map(_pattern, inside)))
     dense = {_pattern(path) for path in inside if uses[path] == "type"}
     quantized = tuple(pattern for pattern in patterns if pattern not in dense)
+    ties = dict(inner.all_tied_weights_keys)
     return Architecture(
         name=f"{model_type} (transformers)",
         model_types=(model_type,),
         kind="seq2seq" if seq2seq else "causal",
         task_type="SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM",
-        build=_build_seq2seq if seq2seq else _build_causal,
+        build=partial(_build, seq2seq=seq2seq),
         blocks=tuple(dict.fromkeys(_pattern(block) for path in inside if (block := _block(path)))),
         quantize=tuple(f"{pattern}.weight" for pattern in quantized),
         keep_16bit=_kept(linears, quantized),
         adapt=patterns,
-        ties=_ties_of_seq2seq if seq2seq else _ties_of_causal,
+        # The family is made for this one config.
+        ties=lambda _config: ties,
     )
 
 
@@ -90,25 +93,9 @@ def _pattern(path: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|\Z)", "*", path)
 
 
-def _build_causal(config: Mapping[str, Any]) -> nn.Module:
-    return Causal(_with_buffers(config, seq2seq=False))
-
-
-def _build_seq2seq(config: Mapping[str, Any]) -> nn.Module:
-    return Seq2Seq(_with_buffers(config, seq2seq=True))
-
-
-def _ties_of_causal(config: Mapping[str, Any]) -> Mapping[str, str]:
-    return _ties(config, seq2seq=False)
-
-
-def _ties_of_seq2seq(config: Mapping[str, Any]) -> Mapping[str, str]:
-    return _ties(config, seq2seq=True)
-
-
-def _ties(config: Mapping[str, Any], *, seq2seq: bool) -> Mapping[str, str]:
-    with torch.device("meta"):
-        return dict(_built(config, seq2seq=seq2seq).all_tied_weights_keys)
+def _build(config: Mapping[str, Any], *, seq2seq: bool) -> nn.Module:
+    inner = _with_buffers(config, seq2seq=seq2seq)
+    return Seq2Seq(inner) if seq2seq else Causal(inner)
 
 
 def _with_buffers(config: Mapping[str, Any], *, seq2seq: bool) -> PreTrainedModel:
